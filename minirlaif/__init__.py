@@ -1,0 +1,1 @@
+"""minirlaif: reinforcement learning from AI feedback, from scratch in PyTorch."""

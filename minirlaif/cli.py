@@ -1,0 +1,98 @@
+"""Command lines from dataclasses: the fields of a script's `Args` are its flags.
+
+A script declares `@dataclass class Args`, writes `def main(args: Args)`, and ends with `cli.run(main, Args)`. Other code
+calls `main(Args(out=...))` directly. There is no registry, config file or inheritance: one dataclass is one command line.
+"""
+
+import argparse
+import dataclasses
+import errno
+import sys
+import types
+import typing
+
+MISSING = dataclasses.MISSING
+
+
+class UserError(Exception):
+    """Something that the user can put right. The message is one line: what is wrong, where, and what to do."""
+
+
+def arg(default=MISSING, help="", choices=None):
+    """A dataclass field with its help text, given by keyword only. Without a default the flag is required."""
+    metadata = {"help": help, "choices": choices}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata, kw_only=True)
+    return dataclasses.field(default=default, metadata=metadata, kw_only=True)
+
+
+def parse(Args, argv=None):
+    """argv (sys.argv[1:] when None) -> Args; a wrong flag is one line on stderr and exit code 2.
+
+    `field_name` is the flag `--field-name`. Types come from the annotations: str, int, float, list[...] (several values
+    after one flag), any of them `| None`, and bool, which is False until the flag is named.
+    """
+    description = (sys.modules[Args.__module__].__doc__ or "").strip().split("\n\n")[0]
+    # allow_abbrev: a shortened flag would change its meaning when a second flag with the same start is added
+    parser = _Parser(description=description, allow_abbrev=False)
+    hints = typing.get_type_hints(Args)
+    for field in dataclasses.fields(Args):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        kind, several = _value_type(hints[field.name])
+        shown = "required" if default is MISSING else f"default: {default!r}" if default == "" else f"default: {default}"
+        text = f"{field.metadata.get('help', '')} ({shown})".strip().replace("%", "%%")
+        options = {"dest": field.name, "help": text}
+        if default is MISSING:
+            options["required"] = True
+        else:
+            options["default"] = default
+        if kind is bool:
+            assert default is False, f"{field.name}: a flag without a value can only switch something on"
+            options["action"] = "store_true"
+        else:
+            options |= {"type": kind, "choices": field.metadata.get("choices"), "nargs": "*" if several else None}
+            if not options["choices"]:
+                options["metavar"] = kind.__name__.upper()
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+    return Args(**vars(parser.parse_args(argv)))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse would print every flag before its message
+        fail(f"{message} (--help lists the flags)")
+
+
+def _value_type(hint):
+    """Annotation -> (type of one value, whether the flag takes several): `list[str]` -> (str, True)."""
+    if isinstance(hint, types.UnionType):
+        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+    if typing.get_origin(hint) is list:
+        return typing.get_args(hint)[0], True
+    return hint, False
+
+
+def run(main, Args, argv=None):
+    """Parse, call main(args), and turn what the user can put right into one line on stderr.
+
+    Exit code 2 for a UserError, a wrong flag, a file that cannot be read or written and a full disk; 130 after Ctrl-C.
+    Everything else is our bug and keeps its traceback.
+    """
+    args = parse(Args, argv)
+    try:
+        main(args)
+    except UserError as e:
+        fail(e)
+    except KeyboardInterrupt:
+        again = "; run again with --resume to continue" if hasattr(args, "resume") else ""
+        print(f"\ninterrupted{again}", file=sys.stderr)
+        sys.exit(130)
+    except OSError as e:
+        if e.filename is None and e.errno != errno.ENOSPC:
+            raise
+        fail(f"{e.filename}: {e.strerror}" if e.filename else e.strerror)
+
+
+def fail(message):
+    """Print `error: message` as one line on stderr and exit with code 2."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    sys.exit(2)
