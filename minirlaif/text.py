@@ -1,0 +1,55 @@
+"""The words around the words: dialogue, critique and revision, multiple choice, reasoning, score.
+
+One place for every template, so that the pretraining text, the labeler and the critic speak alike. The dialogue and
+critique-revision keywords are those of Bai et al. 2022 (Constitutional AI, App. A and C). A prompt ends in "Assistant:"
+and a response begins with its space, so that encoding both apart gives the tokens of the whole.
+"""
+
+CHOICES = ("A", "B")
+
+
+def dialogue(request: str, preamble: str = "") -> str:
+    """The prompt of a one-turn dialogue, with an optional preamble that sets the assistant's character."""
+    head = f"{preamble}" if preamble else ""
+    return f"{head}\n\nHuman: {request}\n\nAssistant:"
+
+
+def with_preamble(preamble: str, prompt: str) -> str:
+    return f"{preamble}{prompt}"
+
+
+def critique_request(prompt: str, response: str, critique: str) -> str:
+    """Ask for a critique of a response; the answer to this prompt is the critique."""
+    return f"{prompt}{response}\n\nCritiqueRequest: {critique}\n\nCritique:"
+
+
+def revision_request(revision: str) -> str:
+    """Follows a critique; the answer to this is the revision."""
+    return f"\n\nRevisionRequest: {revision}\n\nRevision:"
+
+
+def options(prompt: str, responses: list[str]) -> str:
+    """A conversation and its candidate responses, ready for questions."""
+    return (
+        "Consider this conversation."
+        + prompt
+        + "".join(f"\n({letter}){response}" for letter, response in zip(CHOICES, responses, strict=False))
+    )
+
+
+def question(principle: str) -> str:
+    """Ask which option a principle prefers; the next token is the letter."""
+    return f"\n\n{principle}\nThe answer is ("
+
+
+def reasoned_question(principle: str) -> str:
+    """Ask for reasoning first; followed by the reasoning, then `VERDICT`, then the letter (chain of thought)."""
+    return f"\n\n{principle}\nThink:"
+
+
+VERDICT = "\nThe answer is ("
+
+
+def score_question(principle: str) -> str:
+    """Ask for a score of the last response; the next token is a number from 1 to 10."""
+    return f"\n\n{principle}\nScore from 1 to 10:"
