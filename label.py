@@ -1,0 +1,199 @@
+"""AI feedback: prompts -> two responses each -> a soft preference under a principle (Bai et al. 2022, §4.1; Lee et al. 2023).
+
+    python label.py --policy runs/my/sl --judge runs/my/base --prompts prompts.jsonl --out runs/my/labels
+    python label.py --candidates pairs.jsonl --judge runs/my/base --out runs/my/labels
+
+Both responses come from the policy. A reward model is asked about worse text than the policy writes, so `--contrast-share` of
+the second responses come from elsewhere, in turn: `--contrast` (the base), the policy at temperature 1.6, the answer to
+another prompt. `--principles` picks, by name, the principles that are drawn from, one at random a label: harmlessness on all
+prompts and helpfulness on helpful ones are two runs of this script, which train_rm.py reads together.
+"""
+
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from minirlaif import cli, constitution, data, trainer
+from minirlaif.labelers import LocalJudge
+from minirlaif.sampling import generate
+
+
+@dataclass
+class Args:
+    out: str = cli.arg(help="run folder to write; preferences.jsonl is in it")
+    judge: str = cli.arg(help="the model that judges: a run folder or model file")
+    policy: str | None = cli.arg(None, "the model that answers; needs --prompts")
+    prompts: str | None = cli.arg(None, "prompts.jsonl (HH-RLHF files are read too); needs --policy")
+    candidates: str | None = cli.arg(None, "candidates.jsonl instead: pairs of responses that exist already")
+    contrast: str | None = cli.arg(None, "another model for some of the second responses, e.g. the base")
+    contrast_share: float = cli.arg(0.5, "share of second responses that do not come from the policy, 0-1")
+    constitution: str = cli.arg("toy", "a bundled constitution by name, or a file (the paper's are read as they are)")
+    principles: list[str] = cli.arg([], "names of the principles to draw from, e.g. danger insult; default: all")
+    limit: int | None = cli.arg(None, "use the first so many prompts")
+    temperature: float = cli.arg(1.0, "sampling temperature")
+    max_new_tokens: int = cli.arg(48, "longest response in tokens, 32-256")
+    batch_size: int = cli.arg(128, "prompts decoded and judged together, 16-256")
+    on_bad_row: str = cli.arg("error", "a row that cannot be used: stop, or skip and count it", choices=["error", "skip"])
+    seed: int = cli.arg(0, "seed of principles and samples")
+    device: str = cli.arg("auto", "auto takes cuda, mps or cpu, the first that is there", choices=["auto", "cpu", "cuda", "mps"])
+    dtype: str = cli.arg("auto", "bf16 is autocast over fp32 weights; auto measures", choices=["auto", "fp32", "bf16"])
+    resume: bool = cli.arg(False, "continue the run in --out")
+
+
+HOT = 1.6  # temperature of the hot samples
+
+
+def respond(args: Args, prompts: list[str], policy, contrast, tokenizer, device, dtype, step: int):
+    """Two responses a prompt -> (first, second): lists of (text, stopped)."""
+
+    def sample(model, rows, temperature, *key):
+        if not rows:
+            return []
+        with trainer.autocast(device, dtype):
+            out = generate(
+                model,
+                [tokenizer.encode(prompts[i]) for i in rows],
+                args.max_new_tokens,
+                tokenizer.eot,
+                temperature,
+                seed=trainer.rng(args.seed, step, *key).initial_seed(),
+            )
+        return list(zip(map(tokenizer.decode, out.responses()), out.stopped.tolist(), strict=True))
+
+    n = len(prompts)
+    first = sample(policy, range(n), args.temperature, "first")
+    rng = random.Random(f"{args.seed} contrast {step}")
+    ways = ["contrast", "hot", "elsewhere"] if contrast is not None else ["hot", "elsewhere"]
+    way = [rng.choice(ways) if rng.random() < args.contrast_share else "policy" for _ in range(n)]
+    second = {}
+    for name, model, temperature in (
+        ("policy", policy, args.temperature),
+        ("contrast", contrast, 1.0),
+        ("hot", policy, HOT),
+    ):
+        rows = [i for i in range(n) if way[i] == name]
+        second |= dict(zip(rows, sample(model, rows, temperature, name), strict=True))
+    for i in range(n):
+        if way[i] == "elsewhere":
+            second[i] = first[(i + rng.randrange(1, max(2, n))) % n]
+    return first, [second[i] for i in range(n)]
+
+
+def record(prompt: str, pair: tuple[str, str], principle, label, judge: str) -> dict:
+    """A row of preferences.jsonl."""
+    first_is_chosen = label.p >= 0.5
+    chosen, rejected = pair if first_is_chosen else pair[::-1]
+    return dict(
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
+        p_chosen=round(max(label.p, 1 - label.p), 6),
+        status="tie" if label.p == 0.5 else "ok",
+        labeler=judge,
+        principle=principle.text,
+        principle_name=principle.name,
+        p_first=round(label.p_first, 6),
+        p_first_swapped=round(label.p_first_swapped, 6),
+        first_is_chosen=first_is_chosen,
+        is_random=False,
+        error=None,
+        prompt_tokens=label.prompt_tokens,
+        completion_tokens=2,
+        cost=0.0,
+    )
+
+
+def main(args: Args) -> dict:
+    if (args.candidates is None) == (args.prompts is None):
+        raise cli.UserError("give either --prompts (with --policy) or --candidates")
+    if args.prompts and not args.policy:
+        raise cli.UserError("--prompts needs --policy, the model that answers them")
+    device = trainer.resolve_device(args.device)
+    models = [m for m in (args.judge, args.policy, args.contrast) if m]
+    tokenizer = trainer.tokenizer_of(*models)
+    judge_model, policy, contrast = (trainer.load_gpt(m, device) if m else None for m in (args.judge, args.policy, args.contrast))
+    principles = constitution.load(args.constitution).preferences
+    if args.principles:
+        known = {p.name for p in principles}
+        if unknown := [name for name in args.principles if name not in known]:
+            raise cli.UserError(f"--principles {unknown[0]}: {args.constitution} has {', '.join(sorted(known))}")
+        principles = [p for p in principles if p.name in args.principles]
+    if not principles:
+        raise cli.UserError(f"{args.constitution}: has no preference principles")
+
+    def fits(row):
+        if args.prompts:
+            data.check_length(len(tokenizer.encode(row["prompt"])), args.max_new_tokens, policy.config.block_size)
+        return row
+
+    path = args.prompts or args.candidates
+    rows = data.read_prompts(path, args.on_bad_row) if args.prompts else data.read_candidates(path, args.on_bad_row)
+    rows = data.convert(rows, fits, args.on_bad_row)[: args.limit]
+    chunks = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
+    with trainer.Run(args.out, args, args.resume) as run:
+        if run.finished:
+            return {}
+        dtype = run.resolve_dtype(device, judge_model)
+        judge = LocalJudge(judge_model, tokenizer, device, dtype)
+        state = run.load_state() or {"step": 0, "rows": [], "left_out": {}}
+        done, left_out, started = state["rows"], Counter(state["left_out"]), time.monotonic()
+        bar = tqdm(
+            range(state["step"], len(chunks)),
+            initial=state["step"],
+            total=len(chunks),
+            desc="label",
+            unit="batch",
+            dynamic_ncols=True,
+        )
+        for step in bar:
+            prompts = [row["prompt"] for row in chunks[step]]
+            if args.prompts:
+                first, second = respond(args, prompts, policy, contrast, tokenizer, device, dtype, step)
+            else:
+                first, second = ([(row["responses"][k], True) for row in chunks[step]] for k in (0, 1))
+            rng = random.Random(f"{args.seed} principles {step}")
+            items = []
+            for prompt, (a, a_ended), (b, b_ended) in zip(prompts, first, second, strict=True):
+                principle = rng.choice(principles)
+                question = judge.encode(prompt, (a, b), principle.text)
+                fault = (
+                    "cut off" if not (a_ended and b_ended)
+                    else "same response twice" if a == b
+                    else "too long for the judge" if len(question) > judge_model.config.block_size
+                    else None
+                )  # fmt: skip
+                if fault:
+                    left_out[fault] += 1
+                else:
+                    items.append((prompt, (a, b), principle))
+            labels = judge.label([(p, pair, principle.text) for p, pair, principle in items])
+            done += [record(p, pair, q, label, args.judge) for (p, pair, q), label in zip(items, labels, strict=True)]
+            flips = sum((r["p_first"] > 0.5) != (r["p_first_swapped"] > 0.5) for r in done)
+            speed = len(done) / (time.monotonic() - started)
+            run.log(
+                step,
+                labels=len(done),
+                left_out=sum(left_out.values()),
+                flip_rate=flips / max(1, len(done)),
+                labels_per_second=speed,
+            )
+            bar.set_postfix(labels=len(done), flips=f"{flips / max(1, len(done)):.2f}", labels_s=f"{speed:.0f}")
+            run.end_step(step + 1, lambda done=done: {"rows": done, "left_out": dict(left_out)})
+        data.write_jsonl(Path(args.out) / "preferences.jsonl", done)
+        run.finish()
+    if not done:
+        raise cli.UserError(f"{args.out}: no pair could be labelled ({dict(left_out)})")
+    sure = sum(r["p_chosen"] for r in done) / len(done)
+    print(
+        f"{args.out}: {len(done)} labels, mean p_chosen {sure:.3f}, flip rate {flips / len(done):.3f}; "
+        f"left out: {dict(left_out) or 'none'}"
+    )
+    return {"n": len(done), "flip_rate": flips / len(done), "left_out": dict(left_out)}
+
+
+if __name__ == "__main__":
+    cli.run(main, Args)

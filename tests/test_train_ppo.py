@@ -1,0 +1,288 @@
+"""train_ppo.py end to end on tiny made-up models: what starts at zero, what must not move, and what resume must keep."""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import train_ppo
+from minirlaif import cli, ppo, trainer
+from minirlaif.cli import UserError
+from minirlaif.heads import RewardModel
+from minirlaif.model import GPT, GPTConfig
+from minirlaif.tokenizer import load_tokenizer, write_ranks
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a policy, a reward model and prompts of several lengths, over a vocabulary of bytes."""
+    home = tmp_path_factory.mktemp("ppo")
+    write_ranks(home / "bytes.tiktoken", {bytes([i]): i for i in range(256)})
+    name = str(home / "bytes.tiktoken")
+    config = GPTConfig(block_size=64, vocab_size=257, n_layer=1, n_head=2, n_embd=16, dropout=0.5)
+    policy = GPT(config).init_weights(trainer.rng(0, "policy"))
+    with torch.no_grad():  # an entropy well below that of noise, and end-of-text now and then
+        policy.wte.weight.mul_(8)
+        policy.wte.weight[256] += 0.3
+    other = GPT(config).init_weights(trainer.rng(0, "other"))
+    reward_model = RewardModel(GPT(config).init_weights(trainer.rng(0, "rm")), generator=trainer.rng(0, "head"))
+    reward_model.gain.fill_(2.0)
+    trainer.save_model(home / "policy.pt", config, policy.state_dict(), "gpt", name)
+    trainer.save_model(home / "other.pt", config, other.state_dict(), "gpt", name)
+    trainer.save_model(home / "reward.pt", config, reward_model.state_dict(), "reward", name)
+    prompts = [f"\n\nHuman: {'ab' * n}?\n\nAssistant:" for n in range(1, 8)]
+    (home / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    return home
+
+
+def make_args(home, out, **changes):
+    args = train_ppo.Args(
+        out=str(out), init=str(home / "policy.pt"), reward_model=str(home / "reward.pt"),
+        prompts=str(home / "prompts.jsonl"), steps=4, batch_size=10, minibatch_size=4, ppo_epochs=2, lr=1e-3,
+        value_lr=1e-3, max_new_tokens=12, device="cpu", dtype="fp32",
+    )
+    return replace(args, **changes)
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def finished(home, tmp_path_factory):
+    """A run that was never stopped, its metrics, and the models it had in memory."""
+    out, kept = tmp_path_factory.mktemp("run") / "ppo", []
+    load = train_ppo.load_models
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(train_ppo, "load_models", lambda *a: kept.append(load(*a)) or kept[-1])
+        train_ppo.main(make_args(home, out))
+    return out, metrics(out), kept[0][0]
+
+
+def test_every_step_is_logged_with_finite_numbers(finished):
+    out, rows, _ = finished
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    for key in ("objective/scores", "objective/kl", "policy/approx_kl", "loss/policy", "loss/value", "val/clipfrac",
+                "val/explained_variance", "speed/tokens_per_second", "objective/entropy"):
+        assert all(isinstance(row[key], float) for row in rows), key
+    assert all(row["objective/entropy"] > 0 and row["objective/kl_k3"] >= 0 for row in rows)
+    assert [row["lr/policy"] for row in rows] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+
+
+def test_the_policy_moved_and_the_frozen_models_did_not(home, finished):
+    out, rows, models = finished
+    assert rows[0]["objective/kl"] == 0 and rows[-1]["objective/kl_k3"] > 0
+    start = trainer.load_gpt(home / "policy.pt").state_dict()
+    assert same(models.ref_policy.state_dict(), start)  # bit for bit, the tied head included
+    assert same(models.reward_model.state_dict(), trainer.load_reward(home / "reward.pt").state_dict())
+    assert same(models.policy.state_dict(), trainer.load_gpt(out).state_dict())
+    assert not any(torch.equal(a, b) for a, b in zip(models.policy.parameters(), models.ref_policy.parameters(), strict=True))
+    assert not same(models.value_model.state_dict(), models.reward_model.state_dict())
+    assert models.policy.lm_head.weight is models.policy.wte.weight
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("fp32", 0.0), ("bf16", 0.05)])
+def test_lr_zero_keeps_kl_at_zero_and_the_ratio_at_one(home, tmp_path, dtype, tolerance):
+    """Every model has dropout 0.5: it must be off in all of them."""
+    train_ppo.main(make_args(home, tmp_path / "run", lr=0.0, dtype=dtype, ppo_epochs=1))
+    for row in metrics(tmp_path / "run"):
+        assert abs(row["objective/kl_k3"]) <= tolerance and abs(row["policy/approx_kl"]) <= tolerance
+        assert row["policy/ratio"] == pytest.approx(1, abs=max(tolerance, 1e-6)) and row["policy/clipfrac"] == 0
+
+
+def test_a_wrong_reference_is_seen_before_the_first_update(home, tmp_path, monkeypatch):
+    load = train_ppo.load_models
+
+    def other_reference(args, device):
+        models, inputs = load(args, device)
+        return models._replace(ref_policy=trainer.load_gpt(home / "other.pt")), inputs
+
+    monkeypatch.setattr(train_ppo, "load_models", other_reference)
+    with pytest.raises(AssertionError, match="KL to the reference"):
+        train_ppo.main(make_args(home, tmp_path / "run"))
+
+
+def test_dropout_is_seen_before_the_first_update(home, tmp_path, monkeypatch):
+    load = train_ppo.load_models
+    monkeypatch.setattr(train_ppo, "load_models", lambda *a: (lambda m, i: (m.policy.train() and m, i))(*load(*a)))
+    with pytest.raises(AssertionError, match="log ratio"):
+        train_ppo.main(make_args(home, tmp_path / "run"))
+
+
+def test_another_reference_may_be_named(home, tmp_path):
+    train_ppo.main(make_args(home, tmp_path / "run", ref=str(home / "other.pt"), steps=1))
+    assert metrics(tmp_path / "run")[0]["objective/kl"] > 0.1
+
+
+def test_optimizer_steps_are_epochs_times_minibatches(home, tmp_path, monkeypatch):
+    steps = {}
+    step = torch.optim.AdamW.step
+
+    def counted(self, *args, **kwargs):
+        steps[id(self)] = steps.get(id(self), 0) + 1
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    train_ppo.main(make_args(home, tmp_path / "run", steps=2, batch_size=8, minibatch_size=4, ppo_epochs=3))
+    assert list(steps.values()) == [2 * 3 * 2] * 2
+
+
+class Killed(BaseException):
+    """Like kill -9: nothing gets to clean up."""
+
+
+@pytest.mark.parametrize("kill_at", [1, 3])
+def test_killed_and_resumed_is_uninterrupted_bit_for_bit(home, finished, tmp_path, monkeypatch, kill_at):
+    out, reference, _ = tmp_path / "run", finished[0], finished[1]
+    args = make_args(home, out)
+    step_of = train_ppo.ppo_step
+
+    def killed(models, samples, args, kl_coef, step, *rest):
+        if step == kill_at:
+            raise Killed
+        return step_of(models, samples, args, kl_coef, step, *rest)
+
+    end_step = trainer.Run.end_step
+    monkeypatch.setattr(trainer.Run, "end_step", lambda run, *a: setattr(run, "save_every_s", 0.0) or end_step(run, *a))
+    monkeypatch.setattr(train_ppo, "ppo_step", killed)
+    with pytest.raises(Killed):
+        train_ppo.main(args)
+    monkeypatch.setattr(train_ppo, "ppo_step", step_of)
+    torch.manual_seed(12345)  # nothing may depend on the global generator
+    train_ppo.main(replace(args, resume=True))
+    assert same(trainer.load_gpt(out).state_dict(), trainer.load_gpt(reference).state_dict())
+    timeless = [[{k: v for k, v in row.items() if "speed" not in k} for row in metrics(o)] for o in (out, reference)]
+    assert timeless[0] == timeless[1]
+
+
+def test_resume_keeps_the_value_model_and_the_adapted_kl_coef(home, tmp_path, monkeypatch):
+    end_step = trainer.Run.end_step
+    monkeypatch.setattr(trainer.Run, "end_step", lambda run, *a: setattr(run, "save_every_s", 0.0) or end_step(run, *a))
+    args = make_args(home, tmp_path / "run", kl_target=0.01, kl_horizon=50.0, steps=3)
+    train_ppo.main(args)
+    coefs = [row["objective/kl_coef"] for row in metrics(tmp_path / "run")]
+    kls = [row["objective/kl"] for row in metrics(tmp_path / "run")]
+    hand = ppo.AdaptiveKL(0.1, 0.01, 50.0)
+    assert coefs == pytest.approx([0.1, *(hand.update(kl, 10) for kl in kls[:2])], rel=1e-4) and coefs[1] < 0.1
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["state"]
+    assert state["step"] == 3 and state["kl_coef"] == pytest.approx(hand.update(kls[2], 10), rel=1e-4)
+    assert not torch.equal(state["value_model"]["head.weight"], trainer.load_reward(home / "reward.pt").head.weight)
+    assert len(state["value_optimizer"]["state"]) == len(list(trainer.load_reward(home / "reward.pt").parameters()))
+
+
+def test_resume_with_other_frozen_weights_is_an_error(home, tmp_path, monkeypatch):
+    end_step = trainer.Run.end_step
+    monkeypatch.setattr(trainer.Run, "end_step", lambda run, *a: setattr(run, "save_every_s", 0.0) or end_step(run, *a))
+    moved = tmp_path / "reward.pt"
+    moved.write_bytes((home / "reward.pt").read_bytes())
+    args, step_of = make_args(home, tmp_path / "run", reward_model=str(moved)), train_ppo.ppo_step
+
+    def killed(*a):
+        if a[4] == 2:
+            raise Killed
+        return step_of(*a)
+
+    monkeypatch.setattr(train_ppo, "ppo_step", killed)
+    with pytest.raises(Killed):
+        train_ppo.main(args)
+    monkeypatch.setattr(train_ppo, "ppo_step", step_of)
+    changed = trainer.load_reward(moved)
+    changed.gain.mul_(2)
+    name = load_tokenizer(str(home / "bytes.tiktoken")).name
+    trainer.save_model(moved, changed.gpt.config, changed.state_dict(), "reward", name)
+    with pytest.raises(UserError, match="other weights"):
+        train_ppo.main(replace(args, resume=True))
+
+
+def test_the_last_metrics_survive_a_stop_after_the_last_step(home, finished, tmp_path, monkeypatch):
+    """Ctrl-C during the last step: the checkpoint is complete, and only the export is missing."""
+    end_step = trainer.Run.end_step
+    monkeypatch.setattr(trainer.Run, "end_step", lambda run, *a: setattr(run, "interrupted", a[0] == 4) or end_step(run, *a))
+    args = make_args(home, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        train_ppo.main(args)
+    monkeypatch.setattr(trainer.Run, "end_step", end_step)
+    last = train_ppo.main(replace(args, resume=True))
+    assert last["objective/scores"] == pytest.approx(finished[1][-1]["objective/scores"], rel=1e-4)
+    assert same(trainer.load_gpt(tmp_path / "run").state_dict(), trainer.load_gpt(finished[0]).state_dict())
+
+
+def test_training_raises_the_reward(home, tmp_path):
+    """Forty steps without a KL penalty or a cap: the score must go up by more than its noise."""
+    args = make_args(home, tmp_path / "run", steps=40, batch_size=32, minibatch_size=16, lr=3e-3, value_lr=3e-3,
+                     kl_coef=0.0, missing_eos_penalty=None)
+    train_ppo.main(args)
+    rows = metrics(tmp_path / "run")
+    first, last = (sum(row["objective/scores"] for row in part) / 5 for part in (rows[:5], rows[-5:]))
+    assert last > first + 5 * rows[0]["objective/scores_std"] / (5 * 32) ** 0.5
+
+
+def test_missing_eos_is_counted_and_capped(home, tmp_path):
+    train_ppo.main(make_args(home, tmp_path / "a", steps=1, max_new_tokens=1, missing_eos_penalty=-50.0, kl_coef=0.0))
+    row = metrics(tmp_path / "a")[0]
+    assert row["objective/missing_eos"] > 0.5 and row["objective/scores"] > -50  # scores are shown as they were given
+    stopped = 1 - row["objective/missing_eos"]
+    assert row["objective/rlhf_reward"] == pytest.approx(-50 * (1 - stopped), abs=5 * stopped + 1e-3)
+
+
+@pytest.mark.parametrize("model", ["policy", "reward_model", "value_model"])
+def test_nan_stops_with_one_line(home, tmp_path, monkeypatch, model):
+    load = train_ppo.load_models
+
+    def spoiled(args, device):
+        models, inputs = load(args, device)
+        with torch.no_grad():
+            next(getattr(models, model).parameters()).fill_(float("nan"))
+        return models, inputs
+
+    monkeypatch.setattr(train_ppo, "load_models", spoiled)
+    with pytest.raises(UserError, match="step 0: .*finite.*--lr") as error:
+        train_ppo.main(make_args(home, tmp_path / "run"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"temperature": 0.0}, "--temperature"),
+        ({"minibatch_size": 0}, "--minibatch-size"),
+        ({"max_new_tokens": 60}, "prompts.jsonl:1: longer than the model's context"),
+        ({"reward_model": "policy.pt"}, "policy.pt: holds a model of kind 'gpt'"),
+        ({"init": "nowhere"}, "nowhere"),
+    ],
+)
+def test_wrong_flags_are_named(home, tmp_path, changes, message):
+    changes = {k: str(home / v) if isinstance(v, str) else v for k, v in changes.items()}
+    with pytest.raises(UserError, match=message):
+        train_ppo.main(make_args(home, tmp_path / "run", **changes))
+
+
+def test_each_round_uses_every_prompt_once():
+    drawn = [i for step in range(7) for i in train_ppo.pick(7, step, 3, seed=0)]
+    rounds = [drawn[i : i + 7] for i in (0, 7, 14)]
+    assert all(sorted(r) == list(range(7)) for r in rounds) and rounds[0] != rounds[1]
+    assert train_ppo.pick(3, 0, 10, seed=0) == train_ppo.pick(3, 0, 10, seed=0) != train_ppo.pick(3, 0, 10, seed=1)
+
+
+def test_help_has_at_most_25_flags(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(train_ppo.Args, ["--help"])
+    assert "--kl-target" in capsys.readouterr().out
+    assert len(train_ppo.Args.__dataclass_fields__) <= 25
+
+
+def test_fingerprint_sees_one_bit(home):
+    model = trainer.load_gpt(home / "policy.pt")
+    twin = copy.deepcopy(model)
+    assert train_ppo.fingerprint(model) == train_ppo.fingerprint(twin)
+    with torch.no_grad():
+        twin.ln_f.bias[3] = 1e-30
+    assert train_ppo.fingerprint(model) != train_ppo.fingerprint(twin)

@@ -1,0 +1,271 @@
+"""PPO: raise a policy's reward without letting it drift from its reference. To be read top to bottom.
+
+Four models of one vocabulary take part. The policy (--init, the supervised model) learns; a frozen copy of it is the
+reference; the reward model scores whole responses; the value model, a copy of the reward model, learns to predict
+what is still to come. Each step samples a batch from the policy, turns scores and KL into advantages, and takes
+ppo_epochs x minibatches steps of both optimizers; then the samples are thrown away.
+
+Sources: Ziegler et al. 2019; Stiennon et al. 2020 (a separate value model that starts from the reward model);
+Huang et al. 2023, 2024 (the details). Left out: pretraining gradients (PPO-ptx), a discount (gamma is 1 in all
+of these papers), vf_coef (the value model has its own optimizer: --value-lr), reward whitening, an entropy bonus.
+"""
+
+import hashlib
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from minirlaif import cli, data, ppo, trainer
+from minirlaif.cli import UserError
+from minirlaif.heads import RewardModel, ValueModel
+from minirlaif.model import GPT, response_mask, token_logprobs
+from minirlaif.sampling import Samples, generate
+
+TOKENS_PER_FORWARD = {"cpu": 2048, "mps": 8192, "cuda": 65536}  # more is no faster there, and memory grows with it
+
+FP32 = nullcontext()
+
+
+@dataclass
+class Args:
+    out: str = cli.arg(help="run folder to write")
+    init: str = cli.arg(help="the policy to start from: model file or run folder")
+    reward_model: str = cli.arg(help="the reward model: model file or run folder of train_rm.py")
+    prompts: str = cli.arg(help="prompts.jsonl, or an HH-RLHF file (its prompts are used)")
+    ref: str | None = cli.arg(None, help="the frozen reference, where it is not a copy of --init")
+    steps: int = cli.arg(36, help="batches of samples to learn from")
+    batch_size: int = cli.arg(128, help="samples a step")
+    minibatch_size: int = cli.arg(32, help="samples an optimizer step")
+    ppo_epochs: int = cli.arg(2, help="passes over each batch; 1 to 4 are usual")
+    lr: float = cli.arg(5e-5, help="learning rate of the policy, linear to 0")
+    value_lr: float = cli.arg(3e-4, help="learning rate of the value model, linear to 0")
+    max_grad_norm: float = cli.arg(1.0, help="gradient norm that each model is clipped to")
+    kl_coef: float = cli.arg(0.1, help="what a nat of drift costs, in standard deviations of the score")
+    kl_target: float | None = cli.arg(None, help="nats a response to steer the KL to, by adapting kl_coef; none: fixed")
+    kl_horizon: float = cli.arg(10_000, help="samples that such a correction takes")
+    cliprange: float = cli.arg(0.2, help="how far the ratio to the sampling policy may pay, either way of 1")
+    cliprange_value: float = cli.arg(0.2, help="how far a value may pay to move, in standard deviations of the score")
+    lam: float = cli.arg(0.95, help="lambda of GAE; 1 is the whole return, 0 one step")
+    temperature: float = cli.arg(1.0, help="of sampling, and so of all log-probs")
+    max_new_tokens: int = cli.arg(32, help="longest response, end-of-text included")
+    missing_eos_penalty: float | None = cli.arg(-1.0, help="cap on the score of a response cut at max_new_tokens")
+    seed: int = cli.arg(0, help="decides prompts, samples and minibatches")
+    device: str = cli.arg("auto", help="where to run", choices=["auto", "cpu", "cuda", "mps"])
+    dtype: str = cli.arg("auto", help="precision of matrix products", choices=["auto", "fp32", "bf16"])
+    resume: bool = cli.arg(False, help="continue the run in --out")
+
+
+class Models(NamedTuple):
+    policy: GPT
+    ref_policy: GPT  # frozen
+    reward_model: RewardModel  # frozen
+    value_model: ValueModel
+    policy_optimizer: torch.optim.Optimizer
+    value_optimizer: torch.optim.Optimizer
+
+
+@torch.no_grad()
+def score(models: Models, samples: Samples, parts, temperature, precision):
+    """What all four models say of the samples: dict of tokens, mask, logprobs, ref_logprobs, values, entropy [B, T]
+    and scores [B]. `parts` are the index tensors that go through a forward together."""
+    length, limit = samples.length.cpu(), models.policy.config.block_size
+    T = max(ppo.padded_length(length, limit), samples.tokens.shape[1])
+    tokens = F.pad(samples.tokens, (0, T - samples.tokens.shape[1]))
+    mask = response_mask(samples.prompt_len, samples.length, T)
+    logprobs, ref_logprobs, values, entropy = torch.zeros(4, *tokens.shape, device=tokens.device)
+    scores = torch.zeros(len(tokens), device=tokens.device)
+    for rows in parts:
+        width = ppo.padded_length(length[rows], T)  # the shape that the update will use
+        t, m = tokens[rows, :width], mask[rows, :width]
+        with precision:
+            logprobs[rows, :width], entropy[rows, :width] = token_logprobs(models.policy, t, m, temperature)
+            ref_logprobs[rows, :width], _ = token_logprobs(models.ref_policy, t, m, temperature)
+            values[rows, :width] = models.value_model(t, m)
+            scores[rows] = models.reward_model(t, samples.length[rows])
+    result = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values, "entropy": entropy, "scores": scores}
+    for name, x in result.items():
+        if not x.isfinite().all():
+            raise FloatingPointError(f"{name} are not all finite")
+    return {"tokens": tokens, "mask": mask, **result}
+
+
+def ppo_step(models: Models, samples: Samples, args: Args, kl_coef, step, precision=FP32):
+    """Steps 2 to 5: learn from one batch of samples -> metrics. FloatingPointError: something is not finite."""
+    # The minibatches are drawn first: the log-probs of the rollout come from the very forwards of the first epoch, so
+    # its ratios are 1 exactly, and not 1 up to the rounding of another shape.
+    length, budget = samples.length.cpu(), TOKENS_PER_FORWARD[samples.tokens.device.type]
+    generators = (trainer.rng(args.seed, "minibatches", step, epoch) for epoch in range(args.ppo_epochs))
+    epochs = [ppo.split_rows(length, args.minibatch_size, budget, g) for g in generators]
+
+    # 2. Score the samples with all four models
+    parts = [rows for minibatch in epochs[0] for rows in minibatch]
+    x = score(models, samples, parts, args.temperature, precision)
+    mask, log_ratio = x["mask"], x["logprobs"] - x["ref_logprobs"]
+
+    # 3. Rewards: the KL penalty on every token, the score on the last
+    scores = ppo.penalise_missing_eos(x["scores"], samples.stopped, args.missing_eos_penalty)
+    rewards = ppo.shape_rewards(scores, x["logprobs"], x["ref_logprobs"], mask, kl_coef)
+
+    # 4. Advantages, whitened over the whole batch; the returns are taken before that
+    advantages, returns = ppo.gae(rewards, x["values"], mask, gamma=1.0, lam=args.lam)
+    advantages = ppo.masked_whiten(advantages, mask, shift_mean=True)
+    rollout = ppo.Rollout(x["tokens"], mask, length, x["logprobs"], x["values"], advantages, returns)
+
+    if step == 0:  # a wrong reference, dropout, or log-probs of another forward would show here
+        part = rollout.select(parts[0])
+        with precision:
+            now, _ = token_logprobs(models.policy, part.tokens, part.mask, args.temperature)
+        drift = {"log ratio": (now.detach() - part.logprobs).abs().max().item()}
+        drift["KL to the reference"] = 0.0 if args.ref else log_ratio.abs().max().item()
+        tolerance = 0.05 if isinstance(precision, torch.autocast) else 1e-5
+        assert max(drift.values()) <= tolerance, f"before the first update all of these should be 0: {drift}"
+
+    # 5. Update: ppo_epochs x minibatches steps of both optimizers
+    stats = ppo.update(
+        models.policy, models.value_model, models.policy_optimizer, models.value_optimizer, rollout, epochs,
+        cliprange=args.cliprange, cliprange_value=args.cliprange_value, temperature=args.temperature,
+        max_grad_norm=args.max_grad_norm, precision=precision,
+    )
+    kl = log_ratio.sum(1).mean().item()  # nats a response
+    return stats | {
+        "objective/scores": x["scores"].mean().item(),
+        "objective/scores_std": x["scores"].std(correction=0).item(),
+        "objective/kl": kl,
+        "objective/kl_k3": torch.where(mask, ppo.k3(log_ratio), 0.0).sum(1).mean().item(),
+        "objective/non_score_reward": -kl_coef * kl,
+        "objective/rlhf_reward": rewards.sum(1).mean().item(),
+        "objective/entropy": ppo.masked_mean(x["entropy"], mask).item(),  # nats a token
+        "objective/missing_eos": (~samples.stopped).float().mean().item(),
+        "objective/response_tokens": mask.sum(1).float().mean().item(),
+        "objective/kl_coef": kl_coef,
+        "val/values": ppo.masked_mean(x["values"], mask).item(),
+        "val/explained_variance": ppo.explained_variance(x["values"], returns, mask).item(),
+    }
+
+
+def main(args: Args):
+    check(args)
+    device = trainer.resolve_device(args.device)
+    with trainer.Run(args.out, args, args.resume) as run:
+        if run.finished:
+            print(f"{args.out}: finished already")
+            return None
+        tokenizer = trainer.tokenizer_of(args.init, args.reward_model, *([args.ref] if args.ref else []))
+        models, inputs = load_models(args, device)
+        prompts = load_prompts(args, tokenizer, models)
+        precision = trainer.autocast(device, run.resolve_dtype(device, models.policy))
+        kl = ppo.AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
+        parts = {name: part for name, part in models._asdict().items() if name not in ("ref_policy", "reward_model")}
+
+        state, start, metrics = run.load_state(), 0, {}
+        if state:
+            if state["inputs"] != inputs:
+                raise UserError(f"{args.out}: --init, --ref or --reward-model holds other weights than when it began")
+            start, kl.kl_coef, metrics = state["step"], state["kl_coef"], state["metrics"]
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+
+        def make_state():
+            weights = {name: part.state_dict() for name, part in parts.items()}
+            return {"kl_coef": kl.kl_coef, "inputs": inputs, "metrics": metrics, **weights}
+
+        progress = tqdm(range(start, args.steps), "ppo", initial=start, total=args.steps, mininterval=1)
+        for step in progress:
+            began = time.perf_counter()
+            learning_rates = anneal(models, args, step)
+
+            # 1. Sample: the policy continues a batch of prompts; no top-k or top-p, or it would not be the policy
+            batch = [prompts[i] for i in pick(len(prompts), step, args.batch_size, args.seed)]
+            noise = trainer.rng(args.seed, "sample", step).initial_seed()
+            with precision:
+                samples = generate(models.policy, batch, args.max_new_tokens, tokenizer.eot, args.temperature, seed=noise)
+
+            # 2. to 5. Score, reward, advantages, update
+            try:
+                metrics = ppo_step(models, samples, args, kl.kl_coef, step, precision)
+            except FloatingPointError as e:
+                raise UserError(f"{args.out}: step {step}: {e}; try a lower --lr, or --dtype fp32") from None
+            kl.update(metrics["objective/kl"], args.batch_size)
+
+            # 6. Log, and save now and then
+            metrics |= learning_rates
+            metrics["speed/tokens_per_second"] = metrics["objective/response_tokens"] * len(batch) / (time.perf_counter() - began)
+            run.log(step, **metrics)
+            progress.set_postfix({name: f"{metrics[f'objective/{name}']:.3f}" for name in ("scores", "kl")}, refresh=False)
+            run.end_step(step + 1, make_state)
+
+        trainer.save_model(run.folder, models.policy.config, models.policy.state_dict(), "gpt", tokenizer.name)
+        run.finish()
+    print(f"{args.out}: score {metrics['objective/scores']:.3f} at {metrics['objective/kl']:.2f} nats from the reference")
+    return metrics
+
+
+def check(args):
+    """UserError for numbers that cannot work."""
+    for name in ("steps", "batch_size", "minibatch_size", "ppo_epochs", "max_new_tokens", "temperature"):
+        if not getattr(args, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
+
+
+def load_models(args, device):
+    """All models and optimizers, and the fingerprints of the weights that the run only reads."""
+    policy = trainer.load_gpt(args.init, device)
+    ref_policy = trainer.load_gpt(args.ref or args.init, device).requires_grad_(False)
+    reward_model = trainer.load_reward(args.reward_model, device).requires_grad_(False)
+    inputs = {"ref_policy": fingerprint(ref_policy), "reward_model": fingerprint(reward_model)}
+    value_model = ValueModel(reward_model)
+    # Adam's eps is 1e-5 in PPO code since the first: it keeps steps small while gradients are
+    optimizers = [
+        trainer.configure_optimizer(model, lr, weight_decay=0.0, eps=1e-5)
+        for model, lr in ((policy, args.lr), (value_model, args.value_lr))
+    ]
+    # dropout is off, also while training: the policy that is scored must be the policy that sampled
+    models = (model.eval() for model in (policy, ref_policy, reward_model, value_model))
+    return Models(*models, *optimizers), inputs
+
+
+def fingerprint(model):
+    """A hash of all weights: the frozen models are read again on resume, and must be the same."""
+    digest = hashlib.sha256()
+    for x in model.state_dict().values():
+        digest.update(x.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def load_prompts(args, tokenizer, models):
+    """Lists of ids, each short enough to leave room for a response in every model's context."""
+    room = min(m.config.block_size for m in (models.policy, models.ref_policy, models.reward_model.gpt))
+
+    def encode(row):
+        ids = tokenizer.encode(row["prompt"])
+        data.check_length(len(ids), args.max_new_tokens, room)
+        return ids
+
+    return data.convert(data.read_prompts(args.prompts), encode)
+
+
+def pick(n, step, batch_size, seed):
+    """Which of n prompts make up a step's batch: all in a new random order, round after round."""
+    places = range(step * batch_size, (step + 1) * batch_size)
+    orders = {i // n: None for i in places}
+    orders = {turn: torch.randperm(n, generator=trainer.rng(seed, "prompts", turn)).tolist() for turn in orders}
+    return [orders[i // n][i % n] for i in places]
+
+
+def anneal(models, args, step):
+    """Set both learning rates for this step, linear to 0, and return them as metrics."""
+    left = trainer.lr_at(step, args.steps, kind="linear")
+    rates = {"lr/policy": args.lr * left, "lr/value": args.value_lr * left}
+    for optimizer, rate in zip((models.policy_optimizer, models.value_optimizer), rates.values(), strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+    return rates
+
+
+if __name__ == "__main__":
+    cli.run(main, Args)
