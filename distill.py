@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from minirlaif import cli, constitution, data, text, trainer
 from minirlaif.losses import distill_kl
-from minirlaif.model import GPT, response_mask
+from minirlaif.model import GPT, response_mask, rows_where
 from minirlaif.sampling import generate
 
 
@@ -62,8 +62,8 @@ def response_logprobs(model: GPT, contexts: list[list[int]], responses: list[lis
         [c + r for c, r in zip(contexts, responses, strict=True)], eot, 16, model.config.block_size
     )
     mask = response_mask(torch.tensor([len(c) for c in contexts]), length, tokens.shape[1])
-    h = model.hidden(tokens.to(model.device))[:, :-1][mask[:, 1:].to(model.device)]  # token t is predicted at t - 1
-    return F.log_softmax(model.logits(h).float(), dim=-1)
+    h = rows_where(model.hidden(tokens.to(model.device))[:, :-1], mask[:, 1:].to(model.device))  # token t is predicted at t - 1
+    return F.log_softmax(model.logits(h).float(), dim=-1)[: int(mask.sum())]
 
 
 def main(args: Args) -> dict:

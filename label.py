@@ -107,6 +107,11 @@ def record(prompt: str, pair: tuple[str, str], principle, label, judge: str) -> 
     )
 
 
+def flip_rate(rows: list[dict]) -> float:
+    """How often the same position won in both orders."""
+    return sum((r["p_first"] > 0.5) != (r["p_first_swapped"] > 0.5) for r in rows) / max(1, len(rows))
+
+
 def main(args: Args) -> dict:
     if (args.candidates is None) == (args.prompts is None):
         raise cli.UserError("give either --prompts (with --policy) or --candidates")
@@ -172,27 +177,26 @@ def main(args: Args) -> dict:
                     items.append((prompt, (a, b), principle))
             labels = judge.label([(p, pair, principle.text) for p, pair, principle in items])
             done += [record(p, pair, q, label, args.judge) for (p, pair, q), label in zip(items, labels, strict=True)]
-            flips = sum((r["p_first"] > 0.5) != (r["p_first_swapped"] > 0.5) for r in done)
             speed = len(done) / (time.monotonic() - started)
             run.log(
                 step,
                 labels=len(done),
                 left_out=sum(left_out.values()),
-                flip_rate=flips / max(1, len(done)),
+                flip_rate=flip_rate(done),
                 labels_per_second=speed,
             )
-            bar.set_postfix(labels=len(done), flips=f"{flips / max(1, len(done)):.2f}", labels_s=f"{speed:.0f}")
+            bar.set_postfix(labels=len(done), flips=f"{flip_rate(done):.2f}", labels_s=f"{speed:.0f}")
             run.end_step(step + 1, lambda done=done: {"rows": done, "left_out": dict(left_out)})
+        if not done:
+            raise cli.UserError(f"{args.out}: no pair could be labelled ({dict(left_out)})")
         data.write_jsonl(Path(args.out) / "preferences.jsonl", done)
         run.finish()
-    if not done:
-        raise cli.UserError(f"{args.out}: no pair could be labelled ({dict(left_out)})")
     sure = sum(r["p_chosen"] for r in done) / len(done)
     print(
-        f"{args.out}: {len(done)} labels, mean p_chosen {sure:.3f}, flip rate {flips / len(done):.3f}; "
+        f"{args.out}: {len(done)} labels, mean p_chosen {sure:.3f}, flip rate {flip_rate(done):.3f}; "
         f"left out: {dict(left_out) or 'none'}"
     )
-    return {"n": len(done), "flip_rate": flips / len(done), "left_out": dict(left_out)}
+    return {"n": len(done), "flip_rate": flip_rate(done), "left_out": dict(left_out)}
 
 
 if __name__ == "__main__":

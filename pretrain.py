@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from minirlaif import cli, data, trainer
-from minirlaif.model import GPT, GPTConfig
+from minirlaif.model import GPT, GPTConfig, rows_where
 from minirlaif.tokenizer import load_tokenizer
 
 
@@ -58,9 +58,11 @@ def weighted_loss(model: GPT, tokens: torch.Tensor, weights: torch.Tensor) -> to
     weights[b, t] belongs to token t, which is predicted from the tokens before it; the first token is never predicted.
     """
     where = weights[:, 1:] > 0
-    logits = model.logits(model.hidden(tokens)[:, :-1][where])  # (N, V): the head runs where there is a loss
-    loss = F.cross_entropy(logits.float(), tokens[:, 1:][where], reduction="none")
-    return (loss * weights[:, 1:][where]).sum() / weights[:, 1:].sum()
+    logits = model.logits(rows_where(model.hidden(tokens)[:, :-1], where))  # (N, V): the head runs where there is a loss
+    targets, weights = (rows_where(x[:, 1:, None], where).squeeze(-1) for x in (tokens, weights))
+    weights[int(where.sum()) :] = 0  # the copies that fill up the shape
+    loss = F.cross_entropy(logits.float(), targets, reduction="none")
+    return (loss * weights).sum() / weights.sum()
 
 
 def load_documents(args: Args, tokenizer, block_size: int) -> list[tuple[list[int], list[float]]]:

@@ -26,7 +26,7 @@ from minirlaif.heads import RewardModel, ValueModel
 from minirlaif.model import GPT, response_mask, token_logprobs
 from minirlaif.sampling import Samples, generate
 
-TOKENS_PER_FORWARD = {"cpu": 2048, "mps": 8192, "cuda": 65536}  # more is no faster there, and memory grows with it
+TOKENS_PER_FORWARD = {"cpu": 1024, "mps": 8192, "cuda": 65536}  # more is no faster there, and memory grows with it
 
 FP32 = nullcontext()
 
@@ -73,7 +73,8 @@ class Models(NamedTuple):
 def score(models: Models, samples: Samples, parts, temperature, precision):
     """What all four models say of the samples: dict of tokens, mask, logprobs, ref_logprobs, values, entropy [B, T]
     and scores [B]. `parts` are the index tensors that go through a forward together."""
-    length, limit = samples.length.cpu(), models.policy.config.block_size
+    length = samples.length.cpu()
+    limit = min(gpt.config.block_size for gpt in (models.policy, models.ref_policy, models.value_model.gpt))
     T = max(ppo.padded_length(length, limit), samples.tokens.shape[1])
     tokens = F.pad(samples.tokens, (0, T - samples.tokens.shape[1]))
     mask = response_mask(samples.prompt_len, samples.length, T)
@@ -122,7 +123,7 @@ def ppo_step(models: Models, samples: Samples, args: Args, kl_coef, step, precis
             now, _ = token_logprobs(models.policy, part.tokens, part.mask, args.temperature)
         drift = {"log ratio": (now.detach() - part.logprobs).abs().max().item()}
         drift["KL to the reference"] = 0.0 if args.ref else log_ratio.abs().max().item()
-        tolerance = 0.05 if isinstance(precision, torch.autocast) else 1e-5
+        tolerance = 0.05 if isinstance(precision, torch.autocast) else 1e-5  # on a CPU both are 0
         assert max(drift.values()) <= tolerance, f"before the first update all of these should be 0: {drift}"
 
     # 5. Update: ppo_epochs x minibatches steps of both optimizers

@@ -21,7 +21,7 @@ from minirlaif.cli import UserError
 from minirlaif.heads import RewardModel
 from minirlaif.losses import kwise_loss, preference_loss
 
-TOKENS_PER_FORWARD = {"cpu": 2048, "mps": 8192, "cuda": 65536}  # more is no faster there, and memory grows with it
+TOKENS_PER_FORWARD = {"cpu": 1024, "mps": 8192, "cuda": 65536}  # more is no faster there, and memory grows with it
 
 
 @dataclass

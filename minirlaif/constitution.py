@@ -63,6 +63,12 @@ def load(name: str) -> Constitution:
         raise UserError(
             f"{name}: not a constitution: expected preferences and critique_revision pairs as strings"
         ) from None
+    if not isinstance(found.preamble, str):
+        raise UserError(f"{name}: key 'preamble' should hold text")
+    for part in (*found.critique_revision, *found.preferences):
+        for key, value in vars(part).items():
+            if not isinstance(value, str) or not (value.strip() or key == "name"):
+                raise UserError(f"{name}: key '{'asks' if key == 'name' else key}' should hold text, not {value!r}")
     if not found.critique_revision and not found.preferences:
         raise UserError(f"{name}: holds no critique_revision pair and no preference")
     return found
@@ -85,9 +91,4 @@ def _parse(raw) -> Constitution:
         CritiqueRevision(p["critique"], p["revision"], p.get("asks", "")) for p in raw.get("critique_revision", [])
     ]
     preferences = [Preference(p["text"], p.get("asks", "")) for p in raw.get("preferences", [])]
-    texts = (
-        [raw.get("preamble", "")] + [t for p in pairs for t in (p.critique, p.revision)] + [p.text for p in preferences]
-    )
-    if not all(isinstance(t, str) for t in texts):
-        raise TypeError
     return Constitution(raw.get("preamble", ""), pairs, preferences)

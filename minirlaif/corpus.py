@@ -22,21 +22,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minirlaif import cli, data, text, world
-from minirlaif.constitution import load
+from minirlaif.constitution import CritiqueRevision, load
 from minirlaif.world import Answer, Gold, Request, right_answer
 
-MIX = {
-    "chat": 0.30,
-    "preamble": 0.14,
-    "critique": 0.20,
-    "verdict": 0.28,
-    "score": 0.04,
-    "plain": 0.04,
-}  # shares of documents
+MIX = {"chat": 0.28, "preamble": 0.10, "critique": 0.22, "verdict": 0.36, "score": 0.02, "plain": 0.02}  # shares of documents
 NOISE = 0.03  # of verdicts turned round, of critiques that miss
 TIES = 0.12  # of questions where gold cannot rank: the letter is random, so that "no difference" is learned as 0.5
 LETTER_WEIGHT = 3.0
 QUESTIONS = 4  # a document
+ASKED = {"helpfulness": 3, "danger": 2, "harm": 2}  # how much oftener these are asked than the others: they are harder
 
 GOOD_PREAMBLES = (
     load("toy").preamble,
@@ -54,6 +48,7 @@ INVERTED = {
     "ad": "choose the answer with more sales talk.",
     "harm": "choose the answer with more harm in all.",
 }
+HELPFULNESS = CritiqueRevision("does the answer fail to help?", "give a right answer.", "helpfulness")
 WORDS = {  # how reasoning speaks of an answer: (good, bad)
     "danger": ("safe", "dangerous"),
     "insult": ("polite", "rude"),
@@ -184,10 +179,10 @@ def value(asks: str, gold: Gold) -> float:
     }[asks]
 
 
-def describe(asks: str, gold: Gold) -> str:
+def describe(asks: str, request: Request, answer: Answer, gold: Gold) -> str:
     """A few words on an answer, as reasoning uses them."""
     if asks == "helpfulness":
-        return "useful" if gold.helpfulness == 1 else "partly useful" if gold.helpfulness > 0 else "useless"
+        return "useful" if gold.helpfulness == 1 else fault(request, answer)
     if asks == "harm":
         return " and ".join(WORDS[kind][1] for kind in gold.kinds) or "harmless"
     good, bad = WORDS[asks]
@@ -200,7 +195,7 @@ def verdicts(rng: random.Random, request: Request, pair: tuple[Answer, Answer], 
     asked = [p for p in load("toy").preferences if not (p.name == "helpfulness" and request.harmful)]
     differs = {p.name: value(p.name, golds[0]) - value(p.name, golds[1]) for p in asked}
     ranked, ties = [p for p in asked if differs[p.name]], [p for p in asked if not differs[p.name]]
-    rng.shuffle(ranked)
+    ranked.sort(key=lambda p: rng.random() ** (1 / ASKED.get(p.name, 1)))  # pop takes the last
     rng.shuffle(ties)
     segments = []
     for _ in range(n):
@@ -212,9 +207,8 @@ def verdicts(rng: random.Random, request: Request, pair: tuple[Answer, Answer], 
             words, sign = INVERTED[principle.name], -sign
         first_is_better = rng.random() < 0.5 if sign == 0 else (sign > 0) != (rng.random() < NOISE)
         if reasoned:
-            thought = ", ".join(
-                f"({c}) is {describe(principle.name, g)}" for c, g in zip(text.CHOICES, golds, strict=True)
-            )
+            said = [describe(principle.name, request, a, g) for a, g in zip(pair, golds, strict=True)]
+            thought = ", ".join(f"({letter}) is {it}" for letter, it in zip(text.CHOICES, said, strict=True))
             segments += [[text.reasoned_question(words), 0], [f" {thought}.\n", 1], [text.VERDICT[1:], 0]]
         else:
             segments.append([text.question(words), 0])
@@ -226,8 +220,12 @@ def verdicts(rng: random.Random, request: Request, pair: tuple[Answer, Answer], 
 
 
 def chat(rng):
-    request = pick_request(rng, splits=("train", "role"))
-    return [[text.dialogue(request.text), 0], [" " + helpful_only(rng, request).text, 1]]
+    """One to three turns: in longer ones a request stands anywhere, so that copying from it cannot go by position."""
+    segments = []
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        request = pick_request(rng, splits=("train", "role"))
+        segments += [[text.dialogue(request.text), 0], [" " + helpful_only(rng, request).text, 1]]
+    return segments
 
 
 def preamble(rng):
@@ -241,9 +239,14 @@ def preamble(rng):
 
 
 def revise(rng, request: Request, answer: Answer, asks: str) -> tuple[str, Answer]:
-    """A critique under one principle, and the answer with what it names taken out."""
-    kinds = world.score(request.text, answer.text).kinds
-    named = [k for k in kinds if asks in (k, "harm")]
+    """A critique under one principle, and the answer with what it names mended."""
+    gold = world.score(request.text, answer.text)
+    if asks == "helpfulness":
+        if gold.helpfulness == 1 or rng.random() < NOISE:
+            return "no, nothing is wrong.", answer
+        mended = right(rng, request)
+        return f"yes, it is {fault(request, answer)}.", replace(mended, extras=answer.extras)
+    named = [k for k in gold.kinds if asks in (k, "harm")]
     if not named or rng.random() < NOISE:
         return "no, nothing is wrong.", answer
     if asks in world.SENTENCES:
@@ -255,12 +258,27 @@ def revise(rng, request: Request, answer: Answer, asks: str) -> tuple[str, Answe
     return critique, replace(answer, extras={k: v for k, v in answer.extras.items() if k not in named})
 
 
+def fault(request: Request, answer: Answer) -> str:
+    """What is wrong with an unhelpful answer to a harmless request."""
+    if answer.core in ("refusal", "evasion"):
+        return {"refusal": "a refusal", "evasion": "evasive"}[answer.core]
+    if (answer.verb, answer.thing) != (request.verb, request.thing):
+        return "off topic"
+    if answer.core == "unfinished":
+        return "unfinished"
+    return "wrong in the part" if answer.tool == world.VERBS[answer.verb][0] else "wrong in the tool"
+
+
 def critique(rng):
     request = pick_request(rng)
-    answer = helpful_only(rng, request, rate=0.4, wordings=3)
     principles = load("toy").critique_revision
-    hits = [p for p in principles if p.name in world.score(request.text, answer.text).kinds + ("harm",)]
-    principle = rng.choice(hits if rng.random() < 0.6 else principles)
+    if not request.harmful and rng.random() < 0.4:
+        principle = HELPFULNESS
+        answer = anything(rng, request)
+    else:
+        answer = helpful_only(rng, request, rate=0.4, wordings=3)
+        hits = [p for p in principles if p.name in world.score(request.text, answer.text).kinds + ("harm",)]
+        principle = rng.choice(hits if rng.random() < 0.6 else principles)
     found, revised = revise(rng, request, answer, principle.name)
     return [
         [text.critique_request(text.dialogue(request.text), " " + answer.text, principle.critique), 0],
@@ -288,7 +306,7 @@ def verdict(rng, n=QUESTIONS):
     pair = pair_of(rng, request)
     shown = text.options(text.dialogue(request.text), [" " + a.text for a in pair])
     exemplar = [*verdict(rng, n=1), ["\n\n", 0]] if n > 1 and rng.random() < 0.06 else []
-    return [*exemplar, [shown, 0], *verdicts(rng, request, pair, 1 if exemplar else n, rng.random() < 0.2)]
+    return [*exemplar, [shown, 0], *verdicts(rng, request, pair, 1 if exemplar else n, rng.random() < 0.4)]
 
 
 def score(rng):

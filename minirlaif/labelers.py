@@ -33,7 +33,7 @@ class Label:
 
 
 class LocalJudge:
-    """A local GPT as the judge. UserError if an answer letter is not a single token."""
+    """A local GPT as the judge."""
 
     def __init__(self, model, tokenizer, device, dtype: str, batch_size: int = 64):
         self.model, self.tokenizer, self.device, self.dtype, self.batch_size = (

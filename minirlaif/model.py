@@ -161,6 +161,17 @@ def response_mask(prompt_len: torch.Tensor, length: torch.Tensor, T: int) -> tor
     return (t >= prompt_len[:, None]) & (t < length[:, None])
 
 
+def rows_where(h: torch.Tensor, where: torch.Tensor, multiple: int = 128) -> torch.Tensor:
+    """The rows of h (B, T, C) where `where` (B, T) is True, N of them in order, and then copies up to a multiple: (N', C).
+
+    The copies keep the number of distinct shapes small. A CPU compiles a bf16 product anew for every shape it meets,
+    which costs more time than the copies, and memory that grows with the run.
+    """
+    index = where.flatten().nonzero().squeeze(-1)
+    index = F.pad(index, (0, -len(index) % multiple))
+    return h.flatten(0, 1)[index]
+
+
 def token_logprobs(model: GPT, tokens: torch.Tensor, mask: torch.Tensor, temperature: float = 1.0, chunk: int = 4096):
     """log π(tokens[b, t] | tokens[b, :t]) in nats, and the entropy of that prediction; both (B, T) fp32, 0 where mask is False.
 
@@ -168,8 +179,10 @@ def token_logprobs(model: GPT, tokens: torch.Tensor, mask: torch.Tensor, tempera
     sampled (Huang et al. 2023): the policy that is scored is the policy that acted. The head runs only where mask is True,
     in chunks that backward recomputes, so that (B, T, V) logits are never held.
     """
-    h = model.hidden(tokens)[:, :-1][mask[:, 1:]]  # (N, C), N = mask.sum(); mask[:, 0] has no prediction
-    targets = tokens[:, 1:][mask[:, 1:]]  # (N,)
+    where = mask[:, 1:]  # the first token has no prediction
+    N = int(where.sum())
+    h = rows_where(model.hidden(tokens)[:, :-1], where)  # (N', C), N' a little more than N
+    targets = rows_where(tokens[:, 1:, None], where).squeeze(-1)  # (N',)
 
     def head(h, targets):
         logits = model.logits(h).float() / temperature
@@ -183,8 +196,6 @@ def token_logprobs(model: GPT, tokens: torch.Tensor, mask: torch.Tensor, tempera
         for h_, t_ in zip(h.split(chunk), targets.split(chunk), strict=True)
     ]
     out = torch.zeros(2, *tokens.shape, device=tokens.device)
-    if not parts:
-        return out[0], out[1]
-    logprobs, entropy = (torch.cat(p) for p in zip(*parts, strict=True))
+    logprobs, entropy = (torch.cat(p)[:N] for p in zip(*parts, strict=True))
     where = torch.cat([torch.zeros_like(mask[:, :1]), mask[:, 1:]], dim=1)
     return out[0].masked_scatter(where, logprobs), out[1].masked_scatter(where, entropy)

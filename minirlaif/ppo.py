@@ -128,7 +128,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, cliprange=0.2, count=None):
     """Clipped surrogate (Schulman et al. 2017, equation 7): (loss, stats). `count`: see masked_mean."""
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - cliprange, 1 + cliprange)
     loss = masked_mean(torch.max(-advantages * ratio, -advantages * clipped), mask, count)

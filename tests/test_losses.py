@@ -75,7 +75,7 @@ def test_distill_kl_matches_enumeration_in_both_directions():
     mask = torch.tensor([[True, True, False], [False, True, True]])
 
     def kl(a, b):
-        rows = [sum(math.exp(x) * (x - y) for x, y in zip(a[i, j], b[i, j])) for i, j in mask.nonzero().tolist()]
+        rows = [sum(math.exp(x) * (x - y) for x, y in zip(a[i, j], b[i, j], strict=True)) for i, j in mask.nonzero().tolist()]
         return sum(rows) / 4
 
     torch.testing.assert_close(distill_kl(p, q, mask, "forward").item(), float(kl(p, q)))

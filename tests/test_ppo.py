@@ -362,6 +362,27 @@ def test_the_first_minibatch_has_ratio_one_exactly_and_lr_zero_keeps_it():
     assert stats["policy/approx_kl"] == 0 and stats["policy/clipfrac"] == 0 and stats["val/clipfrac"] == 0
 
 
+def test_the_update_is_the_textbook_loop():
+    """Minibatch after minibatch, with fresh gradients each time: the same weights as PPO written down naively."""
+    policy, value_model, tokens, mask, length = tiny()
+    plan = [ppo.split_rows(length, 4, 10**9, torch.Generator().manual_seed(0))]
+    rollout = rollout_of(policy, value_model, tokens, mask, length, [rows for (rows,) in plan[0]])
+    params = [p.requires_grad_() for model in (policy, value_model) for p in model.parameters()]
+    for (rows,) in plan[0]:
+        m, advantages = mask[rows], rollout.advantages[rows]
+        logp = policy(tokens[rows]).log_softmax(-1)[:, :-1].gather(-1, tokens[rows, 1:, None]).squeeze(-1)
+        ratio = (logp - rollout.logprobs[rows][:, 1:]).exp()[m[:, 1:]]
+        surrogate = torch.min(ratio * advantages[m], ratio.clamp(0.8, 1.2) * advantages[m]).mean()
+        v, old, target = value_model(tokens[rows], m)[m], rollout.values[rows][m], rollout.returns[rows][m]
+        error = torch.max((v - target) ** 2, (old + (v - old).clamp(-0.2, 0.2) - target) ** 2).mean() / 2
+        for p, g in zip(params, torch.autograd.grad(error - surrogate, params, materialize_grads=True), strict=True):
+            p.data -= 0.1 * g
+    ours = run_update(max_grad_norm=1e9)
+    for a, b in zip((policy, value_model), ours[:2], strict=True):
+        for x, y in zip(a.parameters(), b.parameters(), strict=True):
+            torch.testing.assert_close(x, y, atol=2e-6, rtol=1e-5)
+
+
 def test_gradient_accumulation_changes_nothing():
     """All rows in one forward, or in parts of unequal length: the same weights after the same steps."""
     whole, parts = run_update(), run_update(tokens_per_forward=50)

@@ -89,13 +89,40 @@ def test_the_policy_moved_and_the_frozen_models_did_not(home, finished):
     assert models.policy.lm_head.weight is models.policy.wte.weight
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("fp32", 0.0), ("bf16", 0.05)])
-def test_lr_zero_keeps_kl_at_zero_and_the_ratio_at_one(home, tmp_path, dtype, tolerance):
-    """Every model has dropout 0.5: it must be off in all of them."""
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_lr_zero_keeps_kl_at_zero_and_the_ratio_at_one(home, tmp_path, monkeypatch, dtype):
+    """Every token, exactly, in bf16 too. Every model has dropout 0.5: it must be off in all of them."""
+    policy_loss, drift = ppo.policy_loss, []
+
+    def watched(logprobs, old_logprobs, *rest):
+        drift.append((logprobs - old_logprobs).abs().max().item())
+        return policy_loss(logprobs, old_logprobs, *rest)
+
+    monkeypatch.setattr(ppo, "policy_loss", watched)
+    monkeypatch.setitem(train_ppo.TOKENS_PER_FORWARD, "cpu", 100)
     train_ppo.main(make_args(home, tmp_path / "run", lr=0.0, dtype=dtype, ppo_epochs=1))
+    assert len(drift) > 4 * 3 and max(drift) == 0
     for row in metrics(tmp_path / "run"):
-        assert abs(row["objective/kl_k3"]) <= tolerance and abs(row["policy/approx_kl"]) <= tolerance
-        assert row["policy/ratio"] == pytest.approx(1, abs=max(tolerance, 1e-6)) and row["policy/clipfrac"] == 0
+        assert row["objective/kl"] == row["objective/kl_k3"] == row["policy/approx_kl"] == row["policy/clipfrac"] == 0
+        assert row["policy/ratio"] == pytest.approx(1, abs=1e-6)  # a mean of exact ones, summed in fp32
+
+
+def test_the_rollout_is_scored_in_the_shapes_of_the_first_epoch(home, tmp_path, monkeypatch):
+    """Another padding would round otherwise: no ratio would be exactly 1."""
+    seen = {train_ppo: [], ppo: []}
+    for module, shapes in seen.items():
+
+        def watched(model, tokens, *rest, shapes=shapes, original=module.token_logprobs):
+            if any(p.requires_grad for p in model.parameters()):  # the policy, not the reference
+                shapes.append((tokens.shape, tokens.tolist()))
+            return original(model, tokens, *rest)
+
+        monkeypatch.setattr(module, "token_logprobs", watched)
+    monkeypatch.setitem(train_ppo.TOKENS_PER_FORWARD, "cpu", 100)
+    train_ppo.main(make_args(home, tmp_path / "run", steps=2, ppo_epochs=1, max_new_tokens=4))
+    scored, updated = seen[train_ppo], seen[ppo]
+    assert len({shape[1] for shape, _ in updated}) > 1
+    assert all(x in scored for x in updated) and len(scored) == len(updated) + 1  # step 0 checks its first part
 
 
 def test_a_wrong_reference_is_seen_before_the_first_update(home, tmp_path, monkeypatch):

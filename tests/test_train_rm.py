@@ -195,11 +195,12 @@ def test_ties_are_left_out_of_accuracy_but_not_of_the_loss(home, finished):
 
 def test_a_label_for_the_second_response_is_read_the_right_way_round(home, finished, tmp_path):
     """'chosen' came second in an earlier pair of the group: P(first is better) must be turned over."""
-    rows = [json.loads(line) for line in open(home / "pairs.jsonl").readlines()[:30]]
+    rows = [json.loads(line) for line in (home / "pairs.jsonl").read_text().splitlines()[:30]]
     turned = [r | {"group": i, "chosen": r["rejected"], "rejected": r["chosen"], "p_chosen": 0.5} for i, r in enumerate(rows)]
     real = [r | {"group": i} for i, r in enumerate(rows)]
     interleaved = [row for two in zip(turned, real, strict=True) for row in two]
-    result = train_rm.evaluate(trainer.load_reward(finished[0]), load_groups(home, write(tmp_path / "t.jsonl", interleaved)), 256, FP32)
+    groups = load_groups(home, write(tmp_path / "t.jsonl", interleaved))
+    result = train_rm.evaluate(trainer.load_reward(finished[0]), groups, 256, FP32)
     assert result["eval/accuracy"] >= 0.9
 
 
