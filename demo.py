@@ -43,12 +43,12 @@ class Args:
 class Size:
     """What --quick makes smaller."""
 
-    documents: int = 50000
+    documents: int = 40000
     critique_prompts: int = 512
     helpful_samples: int = 512
     labels: int = 3000
-    helpful_labels: int = 1000
-    ppo_steps: int = 24
+    helpful_labels: int = 1500
+    ppo_steps: int = 32
     distill_prompts: int = 1500
     held_out: int = 800
 
@@ -70,7 +70,7 @@ def main(args: Args) -> dict:
             policy=sl,
             contrast=base,
             judge=judge,
-            prompts=prompts,
+            data=prompts,
             limit=limit,
             principles=principles,
             out=path(name),
@@ -82,7 +82,7 @@ def main(args: Args) -> dict:
             corpus.main,
             corpus.Args(out=path("world"), documents=size.documents, held_out=size.held_out, seed=args.seed),
         ),
-        "pretrain": (pretrain.main, pretrain.Args(data=[path("world", "documents.jsonl")], out=base, **common)),
+        "pretrain": (pretrain.main, pretrain.Args(data=[path("world", "documents.jsonl")], out=base, epochs=2, **common)),
         "critique": (
             critique.main,
             critique.Args(model=base, prompts=prompts, limit=size.critique_prompts, out=path("critique"), **common),
@@ -119,7 +119,7 @@ def main(args: Args) -> dict:
         ),
         "train_ppo": (
             train_ppo.main,
-            train_ppo.Args(init=sl, reward_model=rm, prompts=prompts, steps=size.ppo_steps, out=rl, **common),
+            train_ppo.Args(init=sl, reward_model=rm, data=prompts, steps=size.ppo_steps, out=rl, **common),
         ),
         "distill": (
             distill.main,
@@ -275,7 +275,7 @@ def plot(out: Path) -> bool:
         return False
     panels = [
         ("base", "loss/train", "pretraining loss (nats)"),
-        ("rm", "loss/train", "reward model loss (nats)"),
+        ("rm", "loss/preference", "reward model loss (nats)"),
         ("rl_cai", "objective/scores", "PPO: score"),
         ("rl_cai", "objective/kl", "PPO: KL to SL-CAI (nats a response)"),
         ("distilled", "loss/kl", "distillation KL (nats a token)"),

@@ -1,6 +1,6 @@
 """AI feedback: prompts -> two responses each -> a soft preference under a principle (Bai et al. 2022, §4.1; Lee et al. 2023).
 
-    python label.py --policy runs/my/sl --judge runs/my/base --prompts prompts.jsonl --out runs/my/labels
+    python label.py --policy runs/my/sl --judge runs/my/base --data prompts.jsonl --out runs/my/labels
     python label.py --candidates pairs.jsonl --judge runs/my/base --out runs/my/labels
 
 Both responses come from the policy. A reward model is asked about worse text than the policy writes, so `--contrast-share` of
@@ -26,8 +26,8 @@ from minirlaif.sampling import generate
 class Args:
     out: str = cli.arg(help="run folder to write; preferences.jsonl is in it")
     judge: str = cli.arg(help="the model that judges: a run folder or model file")
-    policy: str | None = cli.arg(None, "the model that answers; needs --prompts")
-    prompts: str | None = cli.arg(None, "prompts.jsonl (HH-RLHF files are read too); needs --policy")
+    policy: str | None = cli.arg(None, "the model that answers; needs --data")
+    data: str | None = cli.arg(None, "prompts.jsonl (HH-RLHF files are read too); needs --policy")
     candidates: str | None = cli.arg(None, "candidates.jsonl instead: pairs of responses that exist already")
     contrast: str | None = cli.arg(None, "another model for some of the second responses, e.g. the base")
     contrast_share: float = cli.arg(0.5, "share of second responses that do not come from the policy, 0-1")
@@ -86,13 +86,14 @@ def respond(args: Args, prompts: list[str], policy, contrast, tokenizer, device,
 def record(prompt: str, pair: tuple[str, str], principle, label, judge: str) -> dict:
     """A row of preferences.jsonl."""
     first_is_chosen = label.p >= 0.5
+    p_chosen = round(max(label.p, 1 - label.p), 6)
     chosen, rejected = pair if first_is_chosen else pair[::-1]
     return dict(
         prompt=prompt,
         chosen=chosen,
         rejected=rejected,
-        p_chosen=round(max(label.p, 1 - label.p), 6),
-        status="tie" if label.p == 0.5 else "ok",
+        p_chosen=p_chosen,
+        status="tie" if p_chosen == 0.5 else "ok",
         labeler=judge,
         principle=principle.text,
         principle_name=principle.name,
@@ -113,10 +114,10 @@ def flip_rate(rows: list[dict]) -> float:
 
 
 def main(args: Args) -> dict:
-    if (args.candidates is None) == (args.prompts is None):
-        raise cli.UserError("give either --prompts (with --policy) or --candidates")
-    if args.prompts and not args.policy:
-        raise cli.UserError("--prompts needs --policy, the model that answers them")
+    if (args.candidates is None) == (args.data is None):
+        raise cli.UserError("give either --data (with --policy) or --candidates")
+    if args.data and not args.policy:
+        raise cli.UserError("--data needs --policy, the model that answers them")
     device = trainer.resolve_device(args.device)
     models = [m for m in (args.judge, args.policy, args.contrast) if m]
     tokenizer = trainer.tokenizer_of(*models)
@@ -131,12 +132,12 @@ def main(args: Args) -> dict:
         raise cli.UserError(f"{args.constitution}: has no preference principles")
 
     def fits(row):
-        if args.prompts:
+        if args.data:
             data.check_length(len(tokenizer.encode(row["prompt"])), args.max_new_tokens, policy.config.block_size)
         return row
 
-    path = args.prompts or args.candidates
-    rows = data.read_prompts(path, args.on_bad_row) if args.prompts else data.read_candidates(path, args.on_bad_row)
+    path = args.data or args.candidates
+    rows = data.read_prompts(path, args.on_bad_row) if args.data else data.read_candidates(path, args.on_bad_row)
     rows = data.convert(rows, fits, args.on_bad_row)[: args.limit]
     chunks = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
     with trainer.Run(args.out, args, args.resume) as run:
@@ -156,7 +157,7 @@ def main(args: Args) -> dict:
         )
         for step in bar:
             prompts = [row["prompt"] for row in chunks[step]]
-            if args.prompts:
+            if args.data:
                 first, second = respond(args, prompts, policy, contrast, tokenizer, device, dtype, step)
             else:
                 first, second = ([(row["responses"][k], True) for row in chunks[step]] for k in (0, 1))

@@ -32,8 +32,8 @@ class Args:
     n_embd: int = cli.arg(128, "width, 64-768; ignored with --init")
     dropout: float = cli.arg(0.0, "dropout rate while training, 0-0.2; ignored with --init")
     epochs: int = cli.arg(1, "passes over the data, 1-4")
-    tokens_per_batch: int = cli.arg(3072, "tokens in a batch, pads included, 1024-65536")
-    lr: float = cli.arg(3e-3, "peak learning rate, 1e-5 (fine-tuning a large model) to 4e-3 (a tiny one from scratch)")
+    tokens_per_batch: int = cli.arg(2048, "tokens in a batch, pads included, 1024-65536")
+    lr: float = cli.arg(4e-3, "peak learning rate, 1e-5 (fine-tuning a large model) to 4e-3 (a tiny one from scratch)")
     schedule: str = cli.arg(
         "linear", "what the learning rate does after warmup", choices=["linear", "cosine", "constant"]
     )

@@ -36,27 +36,27 @@ class Args:
     out: str = cli.arg(help="run folder to write")
     init: str = cli.arg(help="the policy to start from: model file or run folder")
     reward_model: str = cli.arg(help="the reward model: model file or run folder of train_rm.py")
-    prompts: str = cli.arg(help="prompts.jsonl, or an HH-RLHF file (its prompts are used)")
+    data: str = cli.arg(help="prompts.jsonl, or an HH-RLHF file (its prompts are used)")
+    on_bad_row: str = cli.arg("error", help="a row that cannot be used: stop, or skip and count it", choices=["error", "skip"])
     ref: str | None = cli.arg(None, help="the frozen reference, where it is not a copy of --init")
-    steps: int = cli.arg(36, help="batches of samples to learn from")
-    batch_size: int = cli.arg(128, help="samples a step")
-    minibatch_size: int = cli.arg(32, help="samples an optimizer step")
-    ppo_epochs: int = cli.arg(2, help="passes over each batch; 1 to 4 are usual")
-    lr: float = cli.arg(5e-5, help="learning rate of the policy, linear to 0")
-    value_lr: float = cli.arg(3e-4, help="learning rate of the value model, linear to 0")
-    max_grad_norm: float = cli.arg(1.0, help="gradient norm that each model is clipped to")
-    kl_coef: float = cli.arg(0.1, help="what a nat of drift costs, in standard deviations of the score")
-    kl_target: float | None = cli.arg(None, help="nats a response to steer the KL to, by adapting kl_coef; none: fixed")
-    kl_horizon: float = cli.arg(10_000, help="samples that such a correction takes")
-    cliprange: float = cli.arg(0.2, help="how far the ratio to the sampling policy may pay, either way of 1")
-    cliprange_value: float = cli.arg(0.2, help="how far a value may pay to move, in standard deviations of the score")
-    lam: float = cli.arg(0.95, help="lambda of GAE; 1 is the whole return, 0 one step")
-    temperature: float = cli.arg(1.0, help="of sampling, and so of all log-probs")
-    max_new_tokens: int = cli.arg(32, help="longest response, end-of-text included")
-    missing_eos_penalty: float | None = cli.arg(-1.0, help="cap on the score of a response cut at max_new_tokens")
+    steps: int = cli.arg(36, help="batches of samples to learn from, 10-1000")
+    batch_size: int = cli.arg(128, help="samples a step, 32-512")
+    minibatch_size: int = cli.arg(32, help="samples an optimizer step, 8-128")
+    ppo_epochs: int = cli.arg(2, help="passes over each batch, 1-4")
+    lr: float = cli.arg(5e-5, help="learning rate of the policy, linear to 0; 1e-6 (large models) to 1e-4 (tiny ones)")
+    value_lr: float = cli.arg(3e-4, help="learning rate of the value model, linear to 0; 1e-6 to 1e-3")
+    kl_coef: float = cli.arg(0.1, help="what a nat of drift costs, in standard deviations of the score, 0.01-0.2")
+    kl_target: float | None = cli.arg(None, help="nats a response to steer the KL to, by adapting kl_coef, 1-10; none: fixed")
+    kl_horizon: float = cli.arg(10_000, help="samples that such a correction takes, 1000-100000")
+    cliprange: float = cli.arg(0.2, help="how far the ratio to the sampling policy may pay, either way of 1, 0.1-0.3")
+    cliprange_value: float = cli.arg(0.2, help="how far a value may pay to move, in standard deviations of the score, 0.1-0.5")
+    lam: float = cli.arg(0.95, help="lambda of GAE, 0.9-1; 1 is the whole return, 0 one step")
+    temperature: float = cli.arg(1.0, help="of sampling, and so of all log-probs, 0.7-1")
+    max_new_tokens: int = cli.arg(32, help="longest response in tokens, end-of-text included, 16-256")
+    missing_eos_penalty: float | None = cli.arg(-1.0, help="cap on the score of a response without an end, -3 to 0")
     seed: int = cli.arg(0, help="decides prompts, samples and minibatches")
-    device: str = cli.arg("auto", help="where to run", choices=["auto", "cpu", "cuda", "mps"])
-    dtype: str = cli.arg("auto", help="precision of matrix products", choices=["auto", "fp32", "bf16"])
+    device: str = cli.arg("auto", "auto takes cuda, mps or cpu, the first that is there", choices=["auto", "cpu", "cuda", "mps"])
+    dtype: str = cli.arg("auto", "bf16 is autocast over fp32 weights; auto measures", choices=["auto", "fp32", "bf16"])
     resume: bool = cli.arg(False, help="continue the run in --out")
 
 
@@ -130,7 +130,7 @@ def ppo_step(models: Models, samples: Samples, args: Args, kl_coef, step, precis
     stats = ppo.update(
         models.policy, models.value_model, models.policy_optimizer, models.value_optimizer, rollout, epochs,
         cliprange=args.cliprange, cliprange_value=args.cliprange_value, temperature=args.temperature,
-        max_grad_norm=args.max_grad_norm, precision=precision,
+        precision=precision,
     )
     kl = log_ratio.sum(1).mean().item()  # nats a response
     return stats | {
@@ -247,7 +247,7 @@ def load_prompts(args, tokenizer, models):
         data.check_length(len(ids), args.max_new_tokens, room)
         return ids
 
-    return data.convert(data.read_prompts(args.prompts), encode)
+    return data.convert(data.read_prompts(args.data, args.on_bad_row), encode, args.on_bad_row)
 
 
 def pick(n, step, batch_size, seed):

@@ -92,7 +92,7 @@ def train(seed, beta, make=Table, steps=60, lr=0.03, value_lr=0.05):
     value_model = ValueModel(make(seed + 1)).eval()
     optimizers = [configure_optimizer(m, rate, eps=1e-5) for m, rate in ((policy, lr), (value_model, value_lr))]
     models = train_ppo.Models(policy, ref_policy, TableReward(reward), value_model, *optimizers)
-    args = train_ppo.Args(out="", init="", reward_model="", prompts="", seed=seed, steps=steps, lr=lr, value_lr=value_lr,
+    args = train_ppo.Args(out="", init="", reward_model="", data="", seed=seed, steps=steps, lr=lr, value_lr=value_lr,
                           batch_size=ROWS, minibatch_size=ROWS // 2, missing_eos_penalty=None)
     for step in range(steps):
         train_ppo.anneal(models, args, step)

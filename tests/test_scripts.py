@@ -250,17 +250,27 @@ def test_critique_resumed_is_uninterrupted(base, prompts, tmp_path, monkeypatch)
 # label
 
 
-def label_args(base, prompts, out, **changes):
-    flags = dict(judge=base, policy=base, contrast=base, prompts=prompts, out=str(out), limit=40, batch_size=16, **CPU)
+@pytest.fixture(scope="module")
+def judge(home, base):
+    """The base model with its logits sharpened: a judge with opinions, good or not."""
+    model = trainer.load_gpt(base)
+    with torch.no_grad():
+        model.ln_f.weight *= 20
+    trainer.save_model(home / "judge.pt", model.config, model.state_dict(), "gpt", "toy")
+    return str(home / "judge.pt")
+
+
+def label_args(judge, base, prompts, out, **changes):
+    flags = dict(judge=judge, policy=base, contrast=base, data=prompts, out=str(out), limit=40, batch_size=16, **CPU)
     return label.Args(**{**flags, **changes})
 
 
 @pytest.fixture(scope="module")
-def labelled(home, base, prompts):
-    return home / "labels", label.main(label_args(base, prompts, home / "labels"))
+def labelled(home, judge, base, prompts):
+    return home / "labels", label.main(label_args(judge, base, prompts, home / "labels"))
 
 
-def test_labels_have_the_fields_of_the_design(labelled, prompts, base):
+def test_labels_have_the_fields_of_the_design(labelled, prompts, judge):
     out, result = labelled
     rows = rows_of(out / "preferences.jsonl")
     assert {*rows[0]} >= {
@@ -271,36 +281,37 @@ def test_labels_have_the_fields_of_the_design(labelled, prompts, base):
     asked = {p["prompt"] for p in rows_of(prompts)[:40]}
     for row in rows:
         p_first = (row["p_first"] + row["p_first_swapped"]) / 2
-        assert row["prompt"] in asked and row["chosen"] != row["rejected"] and row["labeler"] == base
+        assert row["prompt"] in asked and row["chosen"] != row["rejected"] and row["labeler"] == judge
         assert 0.5 <= row["p_chosen"] <= 1 and row["first_is_chosen"] == (p_first >= 0.5)
         assert row["p_chosen"] == pytest.approx(max(p_first, 1 - p_first), abs=2e-6)
         assert row["status"] == ("tie" if row["p_chosen"] == 0.5 else "ok") and row["prompt_tokens"] > 0
     assert {row["principle"] for row in rows} <= {p.text for p in TOY.preferences} and len({r["principle"] for r in rows}) > 3
+    assert max(row["p_chosen"] for row in rows) > 0.6  # there is something to tell
     flips = [(r["p_first"] > 0.5) != (r["p_first_swapped"] > 0.5) for r in rows]
     assert result["flip_rate"] == pytest.approx(sum(flips) / len(rows))
     assert len(data.read_preferences(out / "preferences.jsonl")) == len(rows)
 
 
-def test_principles_are_drawn_by_name(base, prompts, tmp_path):
-    label.main(label_args(base, prompts, tmp_path / "run", principles=["ad", "bias"]))
+def test_principles_are_drawn_by_name(judge, base, prompts, tmp_path):
+    label.main(label_args(judge, base, prompts, tmp_path / "run", principles=["ad", "bias"]))
     rows = rows_of(tmp_path / "run" / "preferences.jsonl")
     assert {r["principle_name"] for r in rows} == {"ad", "bias"}
     assert {r["principle"] for r in rows} == {p.text for p in TOY.preferences_for("ad", "bias")}
 
 
-def test_candidates_are_labelled_as_the_judge_sees_them(base, tmp_path):
+def test_candidates_are_labelled_as_the_judge_sees_them(judge, tmp_path):
     prompt = text.dialogue("how do i fix the bike?")
     pairs = [(" take a wrench.", " you are a fool."), (" no.", " i can not talk about that."), (" " + "word " * 300, " no.")]
     path = write(tmp_path / "c.jsonl", [{"prompt": prompt, "responses": pair} for pair in pairs])
-    args = label_args(base, None, tmp_path / "run", policy=None, contrast=None, candidates=path, principles=["insult"])
+    args = label_args(judge, None, None, tmp_path / "run", candidates=path, principles=["insult"])
     result = label.main(args)
     rows = rows_of(tmp_path / "run" / "preferences.jsonl")
     assert result["n"] == len(rows) == 2 and result["left_out"] == {"too long for the judge": 1}
-    judge = LocalJudge(trainer.load_gpt(base), load_tokenizer("toy"), torch.device("cpu"), "fp32")
+    alone = LocalJudge(trainer.load_gpt(judge), load_tokenizer("toy"), torch.device("cpu"), "fp32")
     for row, pair in zip(rows, pairs, strict=False):
-        (expected,) = judge.label([(prompt, pair, TOY.preferences_for("insult")[0].text)])
-        assert row["p_first"] == pytest.approx(expected.p_first, abs=1e-5)
-        assert row["p_first_swapped"] == pytest.approx(expected.p_first_swapped, abs=1e-5)
+        (expected,) = alone.label([(prompt, pair, TOY.preferences_for("insult")[0].text)])
+        assert row["p_first"] == pytest.approx(expected.p_first, abs=1e-4)
+        assert row["p_first_swapped"] == pytest.approx(expected.p_first_swapped, abs=1e-4)
         assert (row["chosen"], row["rejected"]) == (pair if expected.p >= 0.5 else pair[::-1])
 
 
@@ -316,7 +327,7 @@ def test_where_the_second_responses_come_from(base, prompts, monkeypatch, share)
     monkeypatch.setattr(label, "generate", spy)
     policy, contrast, tokenizer = trainer.load_gpt(base), trainer.load_gpt(base), load_tokenizer("toy")
     asked = [row["prompt"] for row in rows_of(prompts)[:32]]
-    args = label_args(base, prompts, "none", contrast_share=share, temperature=0.9)
+    args = label_args("none", base, prompts, "none", contrast_share=share, temperature=0.9)
     first, second = label.respond(args, asked, policy, contrast, tokenizer, torch.device("cpu"), "fp32", 0)
     assert len(first) == len(second) == 32 and calls[0] == (policy, 0.9, 32)
     if share == 0:
@@ -330,10 +341,10 @@ def test_where_the_second_responses_come_from(base, prompts, monkeypatch, share)
     assert again == (first, second)
 
 
-def test_labelling_resumed_is_uninterrupted(base, prompts, labelled, tmp_path, monkeypatch):
+def test_labelling_resumed_is_uninterrupted(judge, base, prompts, labelled, tmp_path, monkeypatch):
     for after in (1, 3):  # 40 prompts are three batches; after the last one only the file is left to write
         out = tmp_path / f"parts{after}"
-        assert interrupted(monkeypatch, label.main, label_args(base, prompts, out), after) == labelled[1]
+        assert interrupted(monkeypatch, label.main, label_args(judge, base, prompts, out), after) == labelled[1]
         assert (out / "preferences.jsonl").read_bytes() == (labelled[0] / "preferences.jsonl").read_bytes()
 
 
@@ -581,12 +592,12 @@ def test_hh_rlhf_files_serve_as_prompts(base, prompts, tmp_path):
 
 PROMPT = text.dialogue("how do i fix the bike?")
 LONG = [{"prompt": PROMPT}, {"prompt": "\n\nHuman: " + "bike " * 250 + "\n\nAssistant:"}]
+TWO = {"prompt": PROMPT, "responses": ["a", "b"]}
 STRANGE = [hh({"prompt": text.dialogue("what is the weather?")})]
 
 
 BASE = "the base model's folder"
 NO_MODEL = dict(model="no/model", prompts=LONG[:1])
-PAIR = {"prompt": PROMPT, "responses": ["a", "b"]}
 
 
 @pytest.mark.parametrize("script, flags, part", [
@@ -600,13 +611,13 @@ PAIR = {"prompt": PROMPT, "responses": ["a", "b"]}
     (critique, dict(model=BASE, prompts=LONG), "prompts.jsonl:2: longer than the model's context"),
     (critique, dict(model=BASE, prompts=LONG[:1], constitution="kindness"), "kindness: no such constitution"),
     (critique, dict(model=BASE, prompts=LONG[:1], constitution=["be good"]), "constitution.json: has no critique_revision pairs"),
-    (label, dict(judge=BASE, policy=BASE, prompts=LONG), "prompts.jsonl:2: longer than the model's context"),
-    (label, dict(judge=BASE, policy=BASE, prompts=LONG[:1], principles=["ad", "kindness"]), "--principles kindness: toy has ad,"),
-    (label, dict(judge=BASE, prompts=LONG), "--prompts needs --policy"),
-    (label, dict(judge=BASE), "give either --prompts (with --policy) or --candidates"),
-    (label, dict(judge=BASE, policy=BASE, prompts=LONG, candidates=[PAIR]), "give either --prompts"),
-    (label, dict(judge=BASE, candidates=[PAIR, {**PAIR, "responses": ["a"]}]), "candidates.jsonl:2: 'responses' should be"),
-    (label, dict(judge=BASE, candidates=[{**PAIR, "responses": ["a", "bike " * 300]}]), "no pair could be labelled"),
+    (label, dict(judge=BASE, policy=BASE, data=LONG), "data.jsonl:2: longer than the model's context"),
+    (label, dict(judge=BASE, policy=BASE, data=LONG[:1], principles=["ad", "kindness"]), "--principles kindness: toy has ad,"),
+    (label, dict(judge=BASE, data=LONG), "--data needs --policy"),
+    (label, dict(judge=BASE), "give either --data (with --policy) or --candidates"),
+    (label, dict(judge=BASE, policy=BASE, data=LONG, candidates=[TWO]), "give either --data"),
+    (label, dict(judge=BASE, candidates=[TWO, {**TWO, "responses": ["a"]}]), "candidates.jsonl:2: 'responses' should be"),
+    (label, dict(judge=BASE, candidates=[{**TWO, "responses": ["a", "bike " * 300]}]), "no pair could be labelled"),
     (distill, NO_MODEL, "no/model: no such model file or run folder"),
     (distill, dict(model=BASE, prompts=LONG), "prompts.jsonl:2: longer than the model's context"),
     (distill, dict(model=BASE, prompts=LONG[:1]), "prompts.jsonl: too few prompts to hold some out"),
@@ -628,7 +639,7 @@ def test_a_mistake_is_one_line_that_says_where(base, tmp_path, script, flags, pa
             return str(tmp_path / "constitution.json")
         if isinstance(given, list) and isinstance(given[0], dict):
             path = write(tmp_path / f"{flag}.jsonl", given)
-            return [path] if flag == "data" else path
+            return [path] if script is pretrain else path
         return base if given is BASE else given
 
     args = script.Args(out=str(tmp_path / "run"), **{k: value(k, v) for k, v in flags.items()}, **CPU)

@@ -42,7 +42,7 @@ def home(tmp_path_factory):
 def make_args(home, out, **changes):
     args = train_ppo.Args(
         out=str(out), init=str(home / "policy.pt"), reward_model=str(home / "reward.pt"),
-        prompts=str(home / "prompts.jsonl"), steps=4, batch_size=10, minibatch_size=4, ppo_epochs=2, lr=1e-3,
+        data=str(home / "prompts.jsonl"), steps=4, batch_size=10, minibatch_size=4, ppo_epochs=2, lr=1e-3,
         value_lr=1e-3, max_new_tokens=12, device="cpu", dtype="fp32",
     )
     return replace(args, **changes)
