@@ -32,7 +32,7 @@ class Args:
     limit: int | None = cli.arg(None, "use the first so many prompts")
     temperature: float = cli.arg(1.0, "sampling temperature, 0 is greedy")
     max_new_tokens: int = cli.arg(48, "longest answer, critique or revision in tokens, 32-256")
-    batch_size: int = cli.arg(128, "prompts decoded together, 16-256")
+    batch_size: int = cli.arg(256, "prompts decoded together, 16-512")
     on_bad_row: str = cli.arg("error", "a row that cannot be used: stop, or skip and count it", choices=["error", "skip"])
     seed: int = cli.arg(0, "seed of principles and samples")
     device: str = cli.arg("auto", "auto takes cuda, mps or cpu, the first that is there", choices=["auto", "cpu", "cuda", "mps"])

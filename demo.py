@@ -41,9 +41,9 @@ class Args:
 
 @dataclass
 class Size:
-    """What --quick makes smaller."""
+    """How much of everything; --quick has less of it."""
 
-    documents: int = 40000
+    documents: int = 33000
     critique_prompts: int = 512
     helpful_samples: int = 512
     labels: int = 3000
@@ -53,135 +53,98 @@ class Size:
     held_out: int = 800
 
 
-def main(args: Args) -> dict:
+QUICK = Size(8000, 128, 128, 500, 200, 4, 300, 500)
+
+
+def stages(args: Args, size: Size) -> dict:
+    """{name: (main, its Args)} in the order they run: each script as it could be typed by hand."""
     out = Path(args.out)
-    size = Size(8000, 128, 128, 500, 200, 4, 300, 500) if args.quick else Size()
+    world, base, sl, rl, rm = out / "world", f"{out}/base", f"{out}/sl_cai", f"{out}/rl_cai", f"{out}/rm"
+    prompts, helpful, heldout = (f"{world}/{name}.jsonl" for name in ("prompts", "helpful", "heldout"))
     common = dict(seed=args.seed, device=args.device, dtype=args.dtype, resume=True)
-    path = lambda *names: str(out.joinpath(*names))  # noqa: E731
-    heldout, prompts, helpful = (
-        path("world", "heldout.jsonl"),
-        path("world", "prompts.jsonl"),
-        path("world", "helpful.jsonl"),
+    labels = dict(policy=sl, contrast=base, **common)
+    test_labels = dict(labels, data=heldout, principles=HARMLESSNESS, seed=args.seed + 1)
+    policies = dict(base=base, prompted=f"{base}+preamble", distilled=f"{out}/distilled", sl_cai=sl, rl_cai=rl)
+
+    corpus_args = corpus.Args(out=str(world), documents=size.documents, held_out=size.held_out, seed=args.seed)
+    base_args = pretrain.Args(data=[f"{world}/documents.jsonl"], out=base, epochs=2, **common)
+    critique_args = critique.Args(model=base, prompts=prompts, limit=size.critique_prompts, out=f"{out}/critique", **common)
+    helpful_args = critique.Args(
+        model=base, prompts=helpful, limit=size.helpful_samples, rounds=0, out=f"{out}/helpful", **common
     )
-    base, sl, rl, rm = path("base"), path("sl_cai"), path("rl_cai"), path("rm")
-
-    def make_labels(name, judge, prompts, limit, principles, seed=args.seed):
-        return label.Args(
-            policy=sl,
-            contrast=base,
-            judge=judge,
-            data=prompts,
-            limit=limit,
-            principles=principles,
-            out=path(name),
-            **{**common, "seed": seed},
-        )
-
-    stages = {
-        "world": (
-            corpus.main,
-            corpus.Args(out=path("world"), documents=size.documents, held_out=size.held_out, seed=args.seed),
-        ),
-        "pretrain": (pretrain.main, pretrain.Args(data=[path("world", "documents.jsonl")], out=base, epochs=2, **common)),
-        "critique": (
-            critique.main,
-            critique.Args(model=base, prompts=prompts, limit=size.critique_prompts, out=path("critique"), **common),
-        ),
-        "helpful": (
-            critique.main,
-            critique.Args(model=base, prompts=helpful, limit=size.helpful_samples, rounds=0, out=path("helpful"), **common),
-        ),
-        "sl_cai": (
-            pretrain.main,
-            pretrain.Args(
-                init=base,
-                data=[path("critique", "completions.jsonl"), path("helpful", "completions.jsonl")],
-                out=sl,
-                lr=5e-4,
-                epochs=2,
-                **common,
-            ),
-        ),
-        "label": (label.main, make_labels("labels", base, prompts, size.labels, HARMLESSNESS)),
-        "label_helpful": (
-            label.main,
-            make_labels("labels_helpful", base, helpful, size.helpful_labels, ["helpfulness"]),
-        ),
-        "train_rm": (
-            train_rm.main,
-            train_rm.Args(
-                init=sl,
-                data=[path("labels", "preferences.jsonl"), path("labels_helpful", "preferences.jsonl")],
-                out=rm,
-                epochs=2,
-                **common,
-            ),
-        ),
-        "train_ppo": (
-            train_ppo.main,
-            train_ppo.Args(init=sl, reward_model=rm, data=prompts, steps=size.ppo_steps, out=rl, **common),
-        ),
-        "distill": (
-            distill.main,
-            distill.Args(
-                model=base,
-                prompts=prompts,
-                limit=size.distill_prompts,
-                eval_prompts=heldout,
-                out=path("distilled"),
-                **common,
-            ),
-        ),
-        "label_heldout": (label.main, make_labels("labels_heldout", base, heldout, None, HARMLESSNESS, args.seed + 1)),
-        "label_heldout_sl": (
-            label.main,
-            make_labels("labels_heldout_sl", sl, heldout, None, HARMLESSNESS, args.seed + 1),
-        ),
-        "evaluate": (
-            evaluate.main,
-            evaluate.Args(
-                policies=[
-                    f"base={base}",
-                    f"prompted={base}+preamble",
-                    f"distilled={path('distilled')}",
-                    f"sl_cai={sl}",
-                    f"rl_cai={rl}",
-                ],
-                prompts=heldout,
-                ref=sl,
-                baseline="sl_cai",
-                judge=base,
-                preferences=path("labels_heldout", "preferences.jsonl"),
-                reward_model=rm,
-                out=path("evaluate"),
-                **common,
-            ),
-        ),
+    sl_data = [f"{out}/critique/completions.jsonl", f"{out}/helpful/completions.jsonl"]
+    sl_args = pretrain.Args(init=base, data=sl_data, lr=5e-4, epochs=2, out=sl, **common)
+    label_args = label.Args(judge=base, data=prompts, principles=HARMLESSNESS, limit=size.labels, out=f"{out}/labels", **labels)
+    label_helpful_args = label.Args(
+        judge=base, data=helpful, principles=["helpfulness"], limit=size.helpful_labels, out=f"{out}/labels_helpful", **labels
+    )
+    rm_data = [f"{out}/labels/preferences.jsonl", f"{out}/labels_helpful/preferences.jsonl"]
+    rm_args = train_rm.Args(init=sl, data=rm_data, epochs=2, out=rm, **common)
+    ppo_args = train_ppo.Args(init=sl, reward_model=rm, data=prompts, steps=size.ppo_steps, out=rl, **common)
+    distill_args = distill.Args(
+        model=base, prompts=prompts, limit=size.distill_prompts, eval_prompts=heldout, out=f"{out}/distilled", **common
+    )
+    evaluate_args = evaluate.Args(
+        policies=[f"{name}={path}" for name, path in policies.items()],
+        prompts=heldout,
+        ref=sl,
+        baseline="sl_cai",
+        judge=base,
+        preferences=f"{out}/labels_heldout/preferences.jsonl",
+        reward_model=rm,
+        out=f"{out}/evaluate",
+        **common,
+    )
+    return {
+        "world": (corpus.main, corpus_args),
+        "pretrain": (pretrain.main, base_args),
+        "critique": (critique.main, critique_args),
+        "helpful": (critique.main, helpful_args),
+        "sl_cai": (pretrain.main, sl_args),
+        "label": (label.main, label_args),
+        "label_helpful": (label.main, label_helpful_args),
+        "train_rm": (train_rm.main, rm_args),
+        "train_ppo": (train_ppo.main, ppo_args),
+        "distill": (distill.main, distill_args),
+        "label_heldout": (label.main, label.Args(judge=base, out=f"{out}/labels_heldout", **test_labels)),
+        "label_heldout_sl": (label.main, label.Args(judge=sl, out=f"{out}/labels_heldout_sl", **test_labels)),
+        "evaluate": (evaluate.main, evaluate_args),
         "evaluate_sl_judge": (
             evaluate.main,
-            evaluate.Args(preferences=path("labels_heldout_sl", "preferences.jsonl"), out=path("evaluate_sl_judge"), **common),
+            evaluate.Args(preferences=f"{out}/labels_heldout_sl/preferences.jsonl", out=f"{out}/evaluate_sl_judge", **common),
         ),
     }
-    timing = out / "seconds.json"
-    seconds = json.loads(timing.read_text()) if timing.exists() else {}
-    started = time.monotonic()
-    for i, (name, (stage, stage_args)) in enumerate(stages.items(), 1):
-        if name in seconds:
+
+
+def main(args: Args) -> dict:
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    file, settings = out / "demo.json", {"seed": args.seed, "quick": args.quick}
+    state = json.loads(file.read_text()) if file.exists() else {**settings, "done": [], "seconds": {}}
+    if {key: state[key] for key in settings} != settings:
+        raise cli.UserError(f"{args.out}: holds a demo with seed {state['seed']}, quick {state['quick']}; give another --out")
+    plan = stages(args, QUICK if args.quick else Size())
+    for i, (name, (stage, stage_args)) in enumerate(plan.items(), 1):
+        if name in state["done"]:
             continue
-        print(f"\n[{i}/{len(stages)}] {name}", flush=True)
+        print(f"\n[{i}/{len(plan)}] {name}", flush=True)
         began = time.monotonic()
-        stage(stage_args)
-        seconds[name] = round(time.monotonic() - began, 1)
-        with data.atomic_write(timing) as f:
-            f.write(json.dumps(seconds).encode())
-    results = collect(args, out, seconds)
-    data_out = json.dumps(results, indent=2)
-    with data.atomic_write(out / "results.json") as f:
-        f.write(data_out.encode())
-    with data.atomic_write(out / "report.md") as f:
-        f.write(report(out, results).encode())
+        try:
+            stage(stage_args)
+            state["done"].append(name)
+        except KeyboardInterrupt:
+            print(f"\nthe same command goes on from here ({name})", file=sys.stderr)
+            raise
+        finally:
+            state["seconds"][name] = round(state["seconds"].get(name, 0) + time.monotonic() - began, 1)
+            with data.atomic_write(file) as f:
+                f.write(json.dumps(state).encode())
+    results = collect(args, out, state["seconds"])
+    for name, content in (("results.json", json.dumps(results, indent=2)), ("report.md", report(out, results))):
+        with data.atomic_write(out / name) as f:
+            f.write(content.encode())
     print("\n" + evaluate.table(results["policies"]))
-    print(f"\n{time.monotonic() - started:.0f} s; see {out / 'report.md'} and {out / 'results.json'}")
+    print(f"\n{results['seconds']['total']:.0f} s in all; see {out}/report.md and {out}/results.json")
     return results
 
 

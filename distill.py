@@ -24,14 +24,10 @@ from minirlaif.sampling import generate
 
 @dataclass
 class Args:
-    model: str = cli.arg(
-        help="teacher (with the preamble) and start of the student (without): run folder or model file"
-    )
+    model: str = cli.arg(help="teacher (with the preamble) and start of the student (without): run folder or model file")
     prompts: str = cli.arg(help="prompts.jsonl that the teacher answers (HH-RLHF files are read too)")
     out: str = cli.arg(help="run folder to write")
-    eval_prompts: str | None = cli.arg(
-        None, "prompts for the KL before and after; default: a tenth of --prompts, held out"
-    )
+    eval_prompts: str | None = cli.arg(None, "prompts for the KL before and after; default: a tenth of --prompts, held out")
     preamble: str | None = cli.arg(None, "the text to distil; default: the preamble of --constitution")
     constitution: str = cli.arg("toy", "a bundled constitution by name, or a file")
     limit: int | None = cli.arg(None, "use the first so many prompts")
@@ -42,13 +38,9 @@ class Args:
     weight_decay: float = cli.arg(0.0, "AdamW's decay of matrices, 0-0.1")
     max_grad_norm: float = cli.arg(1.0, "clip the gradient's norm at this")
     max_new_tokens: int = cli.arg(48, "longest answer in tokens, 32-256")
-    on_bad_row: str = cli.arg(
-        "error", "a row that cannot be used: stop, or skip and count it", choices=["error", "skip"]
-    )
+    on_bad_row: str = cli.arg("error", "a row that cannot be used: stop, or skip and count it", choices=["error", "skip"])
     seed: int = cli.arg(0, "seed of the teacher's samples and of the order")
-    device: str = cli.arg(
-        "auto", "auto takes cuda, mps or cpu, the first that is there", choices=["auto", "cpu", "cuda", "mps"]
-    )
+    device: str = cli.arg("auto", "auto takes cuda, mps or cpu, the first that is there", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = cli.arg("auto", "bf16 is autocast over fp32 weights; auto measures", choices=["auto", "fp32", "bf16"])
     resume: bool = cli.arg(False, "continue the run in --out")
 
@@ -58,9 +50,7 @@ def response_logprobs(model: GPT, contexts: list[list[int]], responses: list[lis
 
     N does not depend on the contexts, so teacher and student, which differ in context alone, line up token by token.
     """
-    tokens, length = data.pad(
-        [c + r for c, r in zip(contexts, responses, strict=True)], eot, 16, model.config.block_size
-    )
+    tokens, length = data.pad([c + r for c, r in zip(contexts, responses, strict=True)], eot, 16, model.config.block_size)
     mask = response_mask(torch.tensor([len(c) for c in contexts]), length, tokens.shape[1])
     h = rows_where(model.hidden(tokens.to(model.device))[:, :-1], mask[:, 1:].to(model.device))  # token t is predicted at t - 1
     return F.log_softmax(model.logits(h).float(), dim=-1)[: int(mask.sum())]
@@ -101,9 +91,7 @@ def main(args: Args) -> dict:
             for i in range(0, len(pairs), 128):
                 seed = trainer.rng(args.seed, *key, i).initial_seed()
                 with trainer.autocast(device, dtype):
-                    s = generate(
-                        teacher, [seen for seen, _ in pairs[i : i + 128]], args.max_new_tokens, tokenizer.eot, seed=seed
-                    )
+                    s = generate(teacher, [seen for seen, _ in pairs[i : i + 128]], args.max_new_tokens, tokenizer.eot, seed=seed)
                 for pair, response, stopped in zip(pairs[i : i + 128], s.responses(), s.stopped.tolist(), strict=True):
                     if stopped:
                         out.append((*pair, response + [tokenizer.eot]))
@@ -128,9 +116,7 @@ def main(args: Args) -> dict:
 
         state = run.load_state()
         first = state["step"] if state else 0
-        rows, test = (
-            (state["rows"], state["test"]) if state else (answers(prompts, "train"), answers(held_out[:256], "test"))
-        )
+        rows, test = (state["rows"], state["test"]) if state else (answers(prompts, "train"), answers(held_out[:256], "test"))
         cut_off = len(prompts) - len(rows)
         if not rows or not test:
             raise cli.UserError(f"{args.model}: no answer ended within --max-new-tokens {args.max_new_tokens}")
@@ -150,14 +136,7 @@ def main(args: Args) -> dict:
             order = torch.randperm(len(rows), generator=trainer.rng(args.seed, "order", epoch)).tolist()
             batches += [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
         started, seen_tokens = time.monotonic(), 0
-        bar = tqdm(
-            range(first, len(batches)),
-            initial=first,
-            total=len(batches),
-            desc="distill",
-            unit="step",
-            dynamic_ncols=True,
-        )
+        bar = tqdm(range(first, len(batches)), initial=first, total=len(batches), desc="distill", unit="step", dynamic_ncols=True)
         for step in bar:
             lr = args.lr * trainer.lr_at(step, len(batches), args.warmup, "linear")
             for group in optimizer.param_groups:
@@ -174,9 +153,7 @@ def main(args: Args) -> dict:
             bar.set_postfix(kl=f"{loss.item():.3f}", tok_s=f"{speed:,.0f}")
             run.end_step(step + 1, make_state)
         after = held_out_kl(test)
-        run.log(
-            len(batches), **{"val/kl_before": before, "val/kl_after": after, "answers": len(rows), "cut_off": cut_off}
-        )
+        run.log(len(batches), **{"val/kl_before": before, "val/kl_after": after, "answers": len(rows), "cut_off": cut_off})
         trainer.save_model(args.out, student.config, student.state_dict(), "gpt", tokenizer.name)
         run.finish()
     print(

@@ -31,20 +31,16 @@ class Args:
     prompts: str | None = cli.arg(None, "prompts.jsonl of toy-world requests, held out from training")
     ref: str | None = cli.arg(None, "model to report each policy's KL to, e.g. the SL-CAI policy")
     baseline: str | None = cli.arg(None, "name of the policy that the others' harm is compared with, pair by pair")
-    preferences: str | None = cli.arg(
-        None, "labels to compare with gold: preferences.jsonl of label.py on held-out prompts"
-    )
+    preferences: str | None = cli.arg(None, "labels to compare with gold: preferences.jsonl of label.py on held-out prompts")
     reward_model: str | None = cli.arg(None, "reward model to score those pairs with")
     judge: str | None = cli.arg(None, "judge to show a right answer and each kind of failure")
     constitution: str = cli.arg("toy", "constitution whose preamble and principles are used")
     limit: int | None = cli.arg(None, "use the first so many prompts")
     temperature: float = cli.arg(1.0, "sampling temperature")
     max_new_tokens: int = cli.arg(48, "longest response in tokens; a longer one is cut, and so ill-formed")
-    batch_size: int = cli.arg(160, "prompts decoded together")
+    batch_size: int = cli.arg(400, "prompts decoded together")
     seed: int = cli.arg(0, "seed of the samples")
-    device: str = cli.arg(
-        "auto", "auto takes cuda, mps or cpu, the first that is there", choices=["auto", "cpu", "cuda", "mps"]
-    )
+    device: str = cli.arg("auto", "auto takes cuda, mps or cpu, the first that is there", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = cli.arg("auto", "bf16 is autocast over fp32 weights; auto measures", choices=["auto", "fp32", "bf16"])
     resume: bool = cli.arg(False, "continue the run in --out")
 
@@ -93,8 +89,7 @@ def sample_policy(args: Args, policy, ref, tokenizer, prompts: list[str], preamb
                 )
                 # the reference sees the prompt without the preamble
                 responses = [
-                    row[p:n]
-                    for row, p, n in zip(s.tokens.tolist(), s.prompt_len.tolist(), s.length.tolist(), strict=True)
+                    row[p:n] for row, p, n in zip(s.tokens.tolist(), s.prompt_len.tolist(), s.length.tolist(), strict=True)
                 ]
                 bare = [tokenizer.encode(p) for p in part]
                 tokens, length = data.pad([b + r for b, r in zip(bare, responses, strict=True)], tokenizer.eot)
@@ -111,9 +106,7 @@ def sample_policy(args: Args, policy, ref, tokenizer, prompts: list[str], preamb
 def policy_metrics(rows: list[dict]) -> dict:
     """Gold's word on a policy's samples (see the README's glossary); each rate with its interval as NAME_ci."""
     parsed = [world.parse_request(r["prompt"]) for r in rows]
-    golds = [
-        world.score(r["prompt"], r["response"] if r["stopped"] else "") for r in rows
-    ]  # cut off counts as ill-formed
+    golds = [world.score(r["prompt"], r["response"] if r["stopped"] else "") for r in rows]  # cut off counts as ill-formed
     harmful = [g for g, q in zip(golds, parsed, strict=True) if q.harmful]
     harmless = [g for g, q in zip(golds, parsed, strict=True) if not q.harmful]
     unseen = [g for g, q in zip(golds, parsed, strict=True) if world.split_of(q.verb, q.thing) == "unseen"]
@@ -208,9 +201,7 @@ def failing_pair(name: str, request: world.Request, rng: random.Random) -> tuple
         "evasion of a harmful request": lambda: corpus.evasion(rng),
         "evasion": lambda: corpus.evasion(rng),
         "misplaced refusal": lambda: refusal,
-        "off topic": lambda: world.right_answer(
-            other_verb if other_verb not in world.BAD_VERBS else request.verb, other_thing
-        ),
+        "off topic": lambda: world.right_answer(other_verb if other_verb not in world.BAD_VERBS else request.verb, other_thing),
         "missing part": lambda: replace(right, core="unfinished", act="", part="", wording=0),
         "wrong part": lambda: replace(right, part=world.THINGS[other_thing][0]),
         "wrong tool": lambda: replace(right, tool=world.VERBS[other_verb][0], act=world.VERBS[other_verb][1]),
@@ -239,9 +230,7 @@ def reward_metrics(reward_model, tokenizer, rows: list[dict], device, dtype) -> 
     """Accuracy of a reward model on labelled pairs: against gold (less harm in all) and against the labels."""
     delta = []
     for i in range(0, len(rows), 64):
-        pairs = [
-            data.encode_pair(tokenizer, r["prompt"], r[k])[0] for k in ("chosen", "rejected") for r in rows[i : i + 64]
-        ]
+        pairs = [data.encode_pair(tokenizer, r["prompt"], r[k])[0] for k in ("chosen", "rejected") for r in rows[i : i + 64]]
         tokens, length = data.pad(pairs, tokenizer.eot, 16, reward_model.gpt.config.block_size)
         with trainer.autocast(device, dtype):
             chosen, rejected = reward_model(tokens.to(device), length.to(device)).float().chunk(2)

@@ -36,7 +36,7 @@ class Args:
     limit: int | None = cli.arg(None, "use the first so many prompts")
     temperature: float = cli.arg(1.0, "sampling temperature")
     max_new_tokens: int = cli.arg(48, "longest response in tokens, 32-256")
-    batch_size: int = cli.arg(128, "prompts decoded and judged together, 16-256")
+    batch_size: int = cli.arg(256, "prompts decoded and judged together, 16-512")
     on_bad_row: str = cli.arg("error", "a row that cannot be used: stop, or skip and count it", choices=["error", "skip"])
     seed: int = cli.arg(0, "seed of principles and samples")
     device: str = cli.arg("auto", "auto takes cuda, mps or cpu, the first that is there", choices=["auto", "cpu", "cuda", "mps"])
@@ -70,11 +70,7 @@ def respond(args: Args, prompts: list[str], policy, contrast, tokenizer, device,
     ways = ["contrast", "hot", "elsewhere"] if contrast is not None else ["hot", "elsewhere"]
     way = [rng.choice(ways) if rng.random() < args.contrast_share else "policy" for _ in range(n)]
     second = {}
-    for name, model, temperature in (
-        ("policy", policy, args.temperature),
-        ("contrast", contrast, 1.0),
-        ("hot", policy, HOT),
-    ):
+    for name, model, temperature in (("policy", policy, args.temperature), ("contrast", contrast, 1.0), ("hot", policy, HOT)):
         rows = [i for i in range(n) if way[i] == name]
         second |= dict(zip(rows, sample(model, rows, temperature, name), strict=True))
     for i in range(n):
@@ -179,13 +175,7 @@ def main(args: Args) -> dict:
             labels = judge.label([(p, pair, principle.text) for p, pair, principle in items])
             done += [record(p, pair, q, label, args.judge) for (p, pair, q), label in zip(items, labels, strict=True)]
             speed = len(done) / (time.monotonic() - started)
-            run.log(
-                step,
-                labels=len(done),
-                left_out=sum(left_out.values()),
-                flip_rate=flip_rate(done),
-                labels_per_second=speed,
-            )
+            run.log(step, labels=len(done), left_out=sum(left_out.values()), flip_rate=flip_rate(done), labels_per_second=speed)
             bar.set_postfix(labels=len(done), flips=f"{flip_rate(done):.2f}", labels_s=f"{speed:.0f}")
             run.end_step(step + 1, lambda done=done: {"rows": done, "left_out": dict(left_out)})
         if not done:

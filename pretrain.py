@@ -32,22 +32,16 @@ class Args:
     n_embd: int = cli.arg(128, "width, 64-768; ignored with --init")
     dropout: float = cli.arg(0.0, "dropout rate while training, 0-0.2; ignored with --init")
     epochs: int = cli.arg(1, "passes over the data, 1-4")
-    tokens_per_batch: int = cli.arg(2048, "tokens in a batch, pads included, 1024-65536")
+    tokens_per_batch: int = cli.arg(2560, "tokens in a batch, pads included, 1024-65536")
     lr: float = cli.arg(4e-3, "peak learning rate, 1e-5 (fine-tuning a large model) to 4e-3 (a tiny one from scratch)")
-    schedule: str = cli.arg(
-        "linear", "what the learning rate does after warmup", choices=["linear", "cosine", "constant"]
-    )
+    schedule: str = cli.arg("linear", "what the learning rate does after warmup", choices=["linear", "cosine", "constant"])
     warmup: int = cli.arg(40, "steps of linear warmup, 0-2000")
     weight_decay: float = cli.arg(0.1, "AdamW's decay of matrices, 0-0.1")
     max_grad_norm: float = cli.arg(1.0, "clip the gradient's norm at this")
     eval_fraction: float = cli.arg(0.01, "share of the documents held out for the validation loss, 0-0.1")
-    on_bad_row: str = cli.arg(
-        "error", "a row that cannot be used: stop, or skip and count it", choices=["error", "skip"]
-    )
+    on_bad_row: str = cli.arg("error", "a row that cannot be used: stop, or skip and count it", choices=["error", "skip"])
     seed: int = cli.arg(0, "seed of weights and data order")
-    device: str = cli.arg(
-        "auto", "auto takes cuda, mps or cpu, the first that is there", choices=["auto", "cpu", "cuda", "mps"]
-    )
+    device: str = cli.arg("auto", "auto takes cuda, mps or cpu, the first that is there", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = cli.arg("auto", "bf16 is autocast over fp32 weights; auto measures", choices=["auto", "fp32", "bf16"])
     resume: bool = cli.arg(False, "continue the run in --out")
 
@@ -131,12 +125,7 @@ def main(args: Args) -> dict:
         model.train()
         seen, started = 0, time.monotonic()
         bar = tqdm(
-            range(first, len(batches)),
-            initial=first,
-            total=len(batches),
-            desc="pretrain",
-            unit="step",
-            dynamic_ncols=True,
+            range(first, len(batches)), initial=first, total=len(batches), desc="pretrain", unit="step", dynamic_ncols=True
         )
         for step in bar:
             torch.manual_seed(step)  # dropout's noise, if there is any: resumable because it depends on the step alone

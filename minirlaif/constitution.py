@@ -60,9 +60,7 @@ def load(name: str) -> Constitution:
     except KeyError as e:
         raise UserError(f"{name}: key {e} is missing") from None
     except (TypeError, AttributeError, IndexError):
-        raise UserError(
-            f"{name}: not a constitution: expected preferences and critique_revision pairs as strings"
-        ) from None
+        raise UserError(f"{name}: not a constitution: expected preferences and critique_revision pairs as strings") from None
     if not isinstance(found.preamble, str):
         raise UserError(f"{name}: key 'preamble' should hold text")
     for part in (*found.critique_revision, *found.preferences):
@@ -75,20 +73,14 @@ def load(name: str) -> Constitution:
 
 
 def _parse(raw) -> Constitution:
-    if isinstance(
-        raw, list
-    ):  # the paper's preference principles; each ends in "Options:", which is our template's word
+    if isinstance(raw, list):  # the paper's preference principles; each ends in "Options:", which is our template's word
         return Constitution(preferences=[Preference(re.sub(r"\s*Options:\s*$", "", text).strip()) for text in raw])
-    if raw and all(
-        isinstance(v, dict) and "edit_request" in v for v in raw.values()
-    ):  # the paper's critique-revision file
+    if raw and all(isinstance(v, dict) and "edit_request" in v for v in raw.values()):  # the paper's critique-revision file
         pairs = [
             CritiqueRevision(_keyword(v["prompt"][0], "Critique"), _keyword(v["edit_request"], "Revision"), name)
             for name, v in raw.items()
         ]
         return Constitution(critique_revision=pairs)
-    pairs = [
-        CritiqueRevision(p["critique"], p["revision"], p.get("asks", "")) for p in raw.get("critique_revision", [])
-    ]
+    pairs = [CritiqueRevision(p["critique"], p["revision"], p.get("asks", "")) for p in raw.get("critique_revision", [])]
     preferences = [Preference(p["text"], p.get("asks", "")) for p in raw.get("preferences", [])]
     return Constitution(raw.get("preamble", ""), pairs, preferences)

@@ -171,12 +171,7 @@ def value(asks: str, gold: Gold) -> float:
     """How well an answer does on what a principle asks for; higher is better."""
     if asks in world.KINDS:
         return -float(asks in gold.kinds)
-    return {
-        "harm": -gold.harm,
-        "evasion": -float(gold.evasive),
-        "helpfulness": gold.helpfulness,
-        "honesty": gold.honesty,
-    }[asks]
+    return {"harm": -gold.harm, "evasion": -float(gold.evasive), "helpfulness": gold.helpfulness, "honesty": gold.honesty}[asks]
 
 
 def describe(asks: str, request: Request, answer: Answer, gold: Gold) -> str:
@@ -294,19 +289,18 @@ def pair_of(rng, request) -> tuple[Answer, Answer]:
     first = anything(rng, request)
     second = mutate(rng, request, first) if roll < 0.4 else anything(rng, request)
     if roll > 0.65:
-        first, second = (
-            dress(rng, right(rng, request), 0.3, false=0.3, wordings=3),
-            anything(rng, request, rights=False),
-        )
+        first, second = (dress(rng, right(rng, request), 0.3, false=0.3, wordings=3), anything(rng, request, rights=False))
     return (first, second) if rng.random() < 0.5 else (second, first)
 
 
 def verdict(rng, n=QUESTIONS):
     request = pick_request(rng)
     pair = pair_of(rng, request)
-    shown = text.options(text.dialogue(request.text), [" " + a.text for a in pair])
     exemplar = [*verdict(rng, n=1), ["\n\n", 0]] if n > 1 and rng.random() < 0.06 else []
-    return [*exemplar, [shown, 0], *verdicts(rng, request, pair, 1 if exemplar else n, rng.random() < 0.4)]
+    reasoned = n > 1 and not exemplar and rng.random() < 0.4
+    n = 1 if exemplar else 3 if reasoned else n  # so that every document fits 256 tokens
+    shown = text.options(text.dialogue(request.text), [" " + a.text for a in pair])
+    return [*exemplar, [shown, 0], *verdicts(rng, request, pair, n, reasoned)]
 
 
 def score(rng):
@@ -346,9 +340,7 @@ class Args:
     out: str = cli.arg(help="folder to write")
     documents: int = cli.arg(50000, "pretraining documents, 10000-100000 (about 72 tokens each)")
     prompts: int = cli.arg(6000, "training prompts of the later stages, half of them harmful")
-    held_out: int = cli.arg(
-        800, "held-out prompts, half of them harmful: no stage trains on their deed x thing or phrasing"
-    )
+    held_out: int = cli.arg(800, "held-out prompts, half of them harmful: no stage trains on their deed x thing or phrasing")
     seed: int = cli.arg(0, "seed of everything")
 
 
@@ -361,8 +353,7 @@ def main(args: Args):
 
     prompts = [prompt(r) for r in world.balanced(world.requests(("train",), world.TRAIN_PHRASINGS), args.prompts, rng)]
     held_out = [
-        prompt(r)
-        for r in world.balanced(world.requests(("role", "unseen"), world.HELD_OUT_PHRASINGS), args.held_out, rng)
+        prompt(r) for r in world.balanced(world.requests(("role", "unseen"), world.HELD_OUT_PHRASINGS), args.held_out, rng)
     ]
     out = Path(args.out)
     data.write_jsonl(out / "prompts.jsonl", prompts)

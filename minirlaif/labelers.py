@@ -36,13 +36,7 @@ class LocalJudge:
     """A local GPT as the judge."""
 
     def __init__(self, model, tokenizer, device, dtype: str, batch_size: int = 64):
-        self.model, self.tokenizer, self.device, self.dtype, self.batch_size = (
-            model,
-            tokenizer,
-            device,
-            dtype,
-            batch_size,
-        )
+        self.model, self.tokenizer, self.device, self.dtype, self.batch_size = (model, tokenizer, device, dtype, batch_size)
         ids = [tokenizer.encode(letter) for letter in text.CHOICES]
         assert all(len(i) == 1 for i in ids), f"an answer letter is not one token of {tokenizer.name}"
         self.letters = [i[0] for i in ids]

@@ -21,9 +21,7 @@ class Samples(NamedTuple):
 
     def responses(self) -> list[list[int]]:
         """The response ids of each row, without the end-of-text."""
-        rows = zip(
-            self.tokens.tolist(), self.prompt_len.tolist(), self.length.tolist(), self.stopped.tolist(), strict=True
-        )
+        rows = zip(self.tokens.tolist(), self.prompt_len.tolist(), self.length.tolist(), self.stopped.tolist(), strict=True)
         return [row[start : end - stop] for row, start, end, stop in rows]
 
 
@@ -50,15 +48,7 @@ def sample_token(logits, u, temperature=1.0, top_k=None, top_p=None):
 
 @torch.no_grad()
 def generate(
-    model: GPT,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    eot: int,
-    temperature=1.0,
-    top_k=None,
-    top_p=None,
-    seed=0,
-    stop=(),
+    model: GPT, prompts: list[list[int]], max_new_tokens: int, eot: int, temperature=1.0, top_k=None, top_p=None, seed=0, stop=()
 ) -> Samples:
     """Continue each prompt until end-of-text (or one of the ids in `stop`) or max_new_tokens.
 

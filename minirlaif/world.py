@@ -51,15 +51,7 @@ THINGS = {
     "kite": ("tail", "cloth"),
 }
 # why: the last three are harmful purposes
-PURPOSES = (
-    "",
-    "for my friend",
-    "for school",
-    "before dinner",
-    "to hurt a child",
-    "to scare my sister",
-    "to fool my boss",
-)
+PURPOSES = ("", "for my friend", "for school", "before dinner", "to hurt a child", "to scare my sister", "to fool my boss")
 BAD_PURPOSES = PURPOSES[4:]
 
 PHRASINGS = (
@@ -100,10 +92,7 @@ INSTRUCTIONS = (
     "take a {tool} and {act} the {part} to {verb} the {thing}.",
 )
 UNFINISHED = ("to {verb} the {thing}, take a {tool}.",)  # the step is missing
-REFUSALS = (
-    "i will not help to {verb} the {thing}, because it hurts people.",
-    "sorry, to {verb} the {thing} like that is wrong.",
-)
+REFUSALS = ("i will not help to {verb} the {thing}, because it hurts people.", "sorry, to {verb} the {thing} like that is wrong.")
 EVASIONS = ("i can not talk about that.", "let us speak of something else.")
 FACT = "the {thing} is made of {material}."
 
