@@ -43,14 +43,14 @@ class Args:
 class Size:
     """How much of everything; --quick has less of it."""
 
-    documents: int = 33000
+    documents: int = 30000
     critique_prompts: int = 512
     helpful_samples: int = 512
     labels: int = 3000
     helpful_labels: int = 1500
     ppo_steps: int = 32
     distill_prompts: int = 1500
-    held_out: int = 800
+    held_out: int = 640
 
 
 QUICK = Size(8000, 128, 128, 500, 200, 4, 300, 500)
@@ -76,7 +76,13 @@ def stages(args: Args, size: Size) -> dict:
     sl_args = pretrain.Args(init=base, data=sl_data, lr=5e-4, epochs=2, out=sl, **common)
     label_args = label.Args(judge=base, data=prompts, principles=HARMLESSNESS, limit=size.labels, out=f"{out}/labels", **labels)
     label_helpful_args = label.Args(
-        judge=base, data=helpful, principles=["helpfulness"], limit=size.helpful_labels, out=f"{out}/labels_helpful", **labels
+        judge=base,
+        data=helpful,
+        others=prompts,
+        principles=["helpfulness"],
+        limit=size.helpful_labels,
+        out=f"{out}/labels_helpful",
+        **labels,
     )
     rm_data = [f"{out}/labels/preferences.jsonl", f"{out}/labels_helpful/preferences.jsonl"]
     rm_args = train_rm.Args(init=sl, data=rm_data, epochs=2, out=rm, **common)

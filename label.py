@@ -5,7 +5,7 @@
 
 Both responses come from the policy. A reward model is asked about worse text than the policy writes, so `--contrast-share` of
 the second responses come from elsewhere, in turn: `--contrast` (the base), the policy at temperature 1.6, the answer to
-another prompt. `--principles` picks, by name, the principles that are drawn from, one at random a label: harmlessness on all
+another prompt (`--others`). `--principles` picks, by name, the principles that are drawn from, one at random a label: harmlessness on all
 prompts and helpfulness on helpful ones are two runs of this script, which train_rm.py reads together.
 """
 
@@ -30,6 +30,7 @@ class Args:
     data: str | None = cli.arg(None, "prompts.jsonl (HH-RLHF files are read too); needs --policy")
     candidates: str | None = cli.arg(None, "candidates.jsonl instead: pairs of responses that exist already")
     contrast: str | None = cli.arg(None, "another model for some of the second responses, e.g. the base")
+    others: str | None = cli.arg(None, 'prompts.jsonl for "the answer to another prompt"; default: --data')
     contrast_share: float = cli.arg(0.5, "share of second responses that do not come from the policy, 0-1")
     constitution: str = cli.arg("toy", "a bundled constitution by name, or a file (the paper's are read as they are)")
     principles: list[str] = cli.arg([], "names of the principles to draw from, e.g. danger insult; default: all")
@@ -47,16 +48,16 @@ class Args:
 HOT = 1.6  # temperature of the hot samples
 
 
-def respond(args: Args, prompts: list[str], policy, contrast, tokenizer, device, dtype, step: int):
+def respond(args: Args, prompts: list[str], others: list[str], policy, contrast, tokenizer, device, dtype, step: int):
     """Two responses a prompt -> (first, second): lists of (text, stopped)."""
 
-    def sample(model, rows, temperature, *key):
-        if not rows:
+    def sample(model, prompts, temperature, *key):
+        if not prompts:
             return []
         with trainer.autocast(device, dtype):
             out = generate(
                 model,
-                [tokenizer.encode(prompts[i]) for i in rows],
+                [tokenizer.encode(p) for p in prompts],
                 args.max_new_tokens,
                 tokenizer.eot,
                 temperature,
@@ -65,17 +66,16 @@ def respond(args: Args, prompts: list[str], policy, contrast, tokenizer, device,
         return list(zip(map(tokenizer.decode, out.responses()), out.stopped.tolist(), strict=True))
 
     n = len(prompts)
-    first = sample(policy, range(n), args.temperature, "first")
+    first = sample(policy, prompts, args.temperature, "first")
     rng = random.Random(f"{args.seed} contrast {step}")
     ways = ["contrast", "hot", "elsewhere"] if contrast is not None else ["hot", "elsewhere"]
     way = [rng.choice(ways) if rng.random() < args.contrast_share else "policy" for _ in range(n)]
+    asked = [rng.choice(others) if w == "elsewhere" else p for w, p in zip(way, prompts, strict=True)]
     second = {}
-    for name, model, temperature in (("policy", policy, args.temperature), ("contrast", contrast, 1.0), ("hot", policy, HOT)):
+    for name in ("policy", *ways):
         rows = [i for i in range(n) if way[i] == name]
-        second |= dict(zip(rows, sample(model, rows, temperature, name), strict=True))
-    for i in range(n):
-        if way[i] == "elsewhere":
-            second[i] = first[(i + rng.randrange(1, max(2, n))) % n]
+        model, temperature = contrast if name == "contrast" else policy, HOT if name == "hot" else args.temperature
+        second |= dict(zip(rows, sample(model, [asked[i] for i in rows], temperature, name), strict=True))
     return first, [second[i] for i in range(n)]
 
 
@@ -135,6 +135,10 @@ def main(args: Args) -> dict:
     path = args.data or args.candidates
     rows = data.read_prompts(path, args.on_bad_row) if args.data else data.read_candidates(path, args.on_bad_row)
     rows = data.convert(rows, fits, args.on_bad_row)[: args.limit]
+    others = [row["prompt"] for row in rows]
+    if args.others:
+        found = data.convert(data.read_prompts(args.others, args.on_bad_row), fits, args.on_bad_row)
+        others = [row["prompt"] for row in found]
     chunks = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
     with trainer.Run(args.out, args, args.resume) as run:
         if run.finished:
@@ -154,7 +158,7 @@ def main(args: Args) -> dict:
         for step in bar:
             prompts = [row["prompt"] for row in chunks[step]]
             if args.data:
-                first, second = respond(args, prompts, policy, contrast, tokenizer, device, dtype, step)
+                first, second = respond(args, prompts, others, policy, contrast, tokenizer, device, dtype, step)
             else:
                 first, second = ([(row["responses"][k], True) for row in chunks[step]] for k in (0, 1))
             rng = random.Random(f"{args.seed} principles {step}")
