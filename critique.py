@@ -12,6 +12,7 @@ What is kept out of training is counted and printed: a text that was cut before 
 
 import json
 import random
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +116,7 @@ def make_sampler(model, tokenizer, device, dtype, temperature: float, max_new_to
 
 
 def main(args: Args) -> dict:
+    cli.require_positive(args, "batch_size", "max_new_tokens", "limit")
     device = trainer.resolve_device(args.device)
     tokenizer, model = trainer.tokenizer_of(args.model), trainer.load_gpt(args.model, device)
     pairs = constitution.load(args.constitution).critique_revision
@@ -152,13 +154,16 @@ def main(args: Args) -> dict:
             dynamic_ncols=True,
         )
         for step in bar:
+            began = time.monotonic()
             rng = random.Random(f"{args.seed} principles {step}")
             seed_of = lambda *keys, step=step: trainer.rng(args.seed, step, *keys).initial_seed()  # noqa: E731
             new = revise_batch(sample, chunks[step], pairs, args.rounds, seed_of, rng)
             chains += new
             faults = sum("fault" in c for c in chains)
-            run.log(step, prompts=len(chains), faults=faults)
-            bar.set_postfix(prompts=len(chains), kept_out=faults)
+            written = sum(len(tokenizer.encode(t)) for c in new for t in (c["initial"], *c["critiques"], *c["revisions"]))
+            speed = written / (time.monotonic() - began)
+            run.log(step, prompts=len(chains), faults=faults, tokens_per_second=speed)
+            bar.set_postfix(prompts=len(chains), kept_out=faults, tok_s=f"{speed:,.0f}")
             run.end_step(step + 1, lambda chains=chains: {"chains": chains})
         rows = [row for chain in chains for row in completions(chain, args.rounds)]
         data.write_jsonl(Path(args.out) / "completions.jsonl", rows)

@@ -10,7 +10,6 @@ reads. A stage that is done is skipped, so a run that was stopped goes on where 
 import json
 import os
 import platform
-import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -43,11 +42,11 @@ class Args:
 class Size:
     """How much of everything; --quick has less of it."""
 
-    documents: int = 30000
+    documents: int = 28000
     critique_prompts: int = 512
     helpful_samples: int = 512
-    labels: int = 3000
-    helpful_labels: int = 1500
+    labels: int = 2600
+    helpful_labels: int = 1200
     ppo_steps: int = 32
     distill_prompts: int = 1500
     held_out: int = 640
@@ -126,7 +125,7 @@ def main(args: Args) -> dict:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     file, settings = out / "demo.json", {"seed": args.seed, "quick": args.quick}
-    state = json.loads(file.read_text()) if file.exists() else {**settings, "done": [], "seconds": {}}
+    state = json.loads(file.read_text()) if file.exists() else {**settings, "done": [], "seconds": {}, "peak_memory_mb": 0}
     if {key: state[key] for key in settings} != settings:
         raise cli.UserError(f"{args.out}: holds a demo with seed {state['seed']}, quick {state['quick']}; give another --out")
     plan = stages(args, QUICK if args.quick else Size())
@@ -142,10 +141,11 @@ def main(args: Args) -> dict:
             print(f"\nthe same command goes on from here ({name})", file=sys.stderr)
             raise
         finally:
+            state["peak_memory_mb"] = max(state["peak_memory_mb"], peak_memory_mb())
             state["seconds"][name] = round(state["seconds"].get(name, 0) + time.monotonic() - began, 1)
             with data.atomic_write(file) as f:
                 f.write(json.dumps(state).encode())
-    results = collect(args, out, state["seconds"])
+    results = collect(args, out, state)
     for name, content in (("results.json", json.dumps(results, indent=2)), ("report.md", report(out, results))):
         with data.atomic_write(out / name) as f:
             f.write(content.encode())
@@ -154,15 +154,34 @@ def main(args: Args) -> dict:
     return results
 
 
-def collect(args: Args, out: Path, seconds: dict) -> dict:
+def peak_memory_mb() -> int:
+    """Of this process, since it started (Windows does not tell: 0)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024))
+
+
+def collect(args: Args, out: Path, state: dict) -> dict:
     """results.json: what every stage reached, against gold, on held-out requests."""
-    read = lambda *names: json.loads(out.joinpath(*names).read_text())  # noqa: E731
+
+    def read(*names: str) -> dict:
+        return json.loads(out.joinpath(*names).read_text())
+
     found, sl_judge = read("evaluate", "results.json"), read("evaluate_sl_judge", "results.json")
     ppo = [json.loads(line) for line in (out / "rl_cai" / "metrics.jsonl").read_text().splitlines()]
     distilled = json.loads((out / "distilled" / "metrics.jsonl").read_text().splitlines()[-1])
     labels, reward = found["labels"], found["reward_model"]
-    flat = lambda d, *keys: {k: v for key in keys for k, v in ((key, d[key]["value"]), (key + "_ci", d[key]["ci"]))}  # noqa: E731
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
+
+    def flat(rates: dict, *names: str) -> dict:
+        return {n + end: rates[n][part] for n in names for end, part in (("", "value"), ("_ci", "ci"), ("_n", "n"))}
+
+    policies = found["policies"]
+    kept = {
+        key: (policies["base"][key] - policies["distilled"][key]) / (policies["base"][key] - policies["prompted"][key])
+        for key in ("harm", "harm_unseen")
+    }
     return {
         "seed": args.seed,
         "machine": {
@@ -174,10 +193,18 @@ def collect(args: Args, out: Path, seconds: dict) -> dict:
             "python": platform.python_version(),
             "dtype": read("base", "args.json").get("dtype"),
         },
-        "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
-        "peak_memory_mb": round(peak),
+        "seconds": {**state["seconds"], "total": round(sum(state["seconds"].values()), 1)},
+        "peak_memory_mb": state["peak_memory_mb"],
         "labeler": {
-            **flat(labels, "agreement_principle", "agreement_overall", "agreement_unseen", "flip_rate", "one_order"),
+            **flat(
+                labels,
+                "agreement_principle",
+                "agreement_overall",
+                "agreement_unseen",
+                "agreement_policy_pairs",
+                "flip_rate",
+                "one_order",
+            ),
             "sl_cai_judge_agreement": sl_judge["labels"]["agreement_principle"]["value"],
             "by_principle": labels["by_principle"],
             "failures": found["failures"],
@@ -190,8 +217,13 @@ def collect(args: Args, out: Path, seconds: dict) -> dict:
             "reward_first": ppo[0]["objective/scores"],
             "reward_last": ppo[-1]["objective/scores"],
         },
-        "distill": {"kl_before": distilled["val/kl_before"], "kl_after": distilled["val/kl_after"]},
-        "policies": found["policies"],
+        "distill": {
+            "kl_before": distilled["val/kl_before"],
+            "kl_after": distilled["val/kl_after"],
+            "share_of_fall_kept": kept["harm"],
+            "share_of_fall_kept_unseen": kept["harm_unseen"],
+        },
+        "policies": policies,
     }
 
 
@@ -210,6 +242,13 @@ def report(out: Path, results: dict) -> str:
         f" flip rate {labeler['flip_rate']:.3f}; the SL-CAI policy as judge {labeler['sl_cai_judge_agreement']:.3f}.",
         f"Reward model on the same pairs: {reward['gold_accuracy']:.3f} against gold,"
         f" {reward['label_accuracy']:.3f} against the labels.",
+        "",
+        f"Distillation: {results['distill']['kl_before']:.4f} to {results['distill']['kl_after']:.4f} nats a token;"
+        f" {results['distill']['share_of_fall_kept']:.0%} of the fall in harm from base to prompted is kept"
+        f" ({results['distill']['share_of_fall_kept_unseen']:.0%} on unseen combinations).",
+        "RL-CAI's harm minus SL-CAI's, paired: {:.3f} [{:.3f}, {:.3f}].".format(
+            results["policies"]["rl_cai"]["harm_minus_baseline"], *results["policies"]["rl_cai"]["harm_minus_baseline_ci"]
+        ),
         "",
         "| a right answer against | principle | judge prefers the right one |",
         "| --- | --- | --- |",

@@ -57,6 +57,7 @@ def response_logprobs(model: GPT, contexts: list[list[int]], responses: list[lis
 
 
 def main(args: Args) -> dict:
+    cli.require_positive(args, "epochs", "batch_size", "lr", "max_new_tokens", "limit")
     device = trainer.resolve_device(args.device)
     tokenizer = trainer.tokenizer_of(args.model)
     teacher, student = trainer.load_gpt(args.model, device), trainer.load_gpt(args.model, device)
@@ -146,6 +147,8 @@ def main(args: Args) -> dict:
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)
+            if not norm.isfinite():  # before the step that would spoil the weights
+                raise cli.UserError(f"{args.out}: step {step}: the gradient is {norm.item()}; try a lower --lr, or --dtype fp32")
             optimizer.step()
             seen_tokens += sum(len(r) for *_, r in batch)
             speed = seen_tokens / (time.monotonic() - started)

@@ -10,7 +10,6 @@ the same prompts under the same noise, so that their differences are paired. Eve
 
 import json
 import random
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from minirlaif import cli, constitution, corpus, data, text, trainer, world
 from minirlaif.labelers import LocalJudge
+from minirlaif.metrics import cluster, gold_of, gold_prefers_chosen, interval, label_metrics, policy_metrics, rate
 from minirlaif.model import response_mask, token_logprobs
 from minirlaif.sampling import generate
 
@@ -29,7 +29,7 @@ class Args:
     out: str = cli.arg(help="run folder to write: results.json and samples.jsonl")
     policies: list[str] = cli.arg([], "NAME=PATH or NAME=PATH+preamble, several; needs --prompts")
     prompts: str | None = cli.arg(None, "prompts.jsonl of toy-world requests, held out from training")
-    ref: str | None = cli.arg(None, "model to report each policy's KL to, e.g. the SL-CAI policy")
+    ref: str | None = cli.arg(None, "model to report each policy's KL to, as kl_to_sl_cai: the SL-CAI policy")
     baseline: str | None = cli.arg(None, "name of the policy that the others' harm is compared with, pair by pair")
     preferences: str | None = cli.arg(None, "labels to compare with gold: preferences.jsonl of label.py on held-out prompts")
     reward_model: str | None = cli.arg(None, "reward model to score those pairs with")
@@ -43,30 +43,6 @@ class Args:
     device: str = cli.arg("auto", "auto takes cuda, mps or cpu, the first that is there", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = cli.arg("auto", "bf16 is autocast over fp32 weights; auto measures", choices=["auto", "fp32", "bf16"])
     resume: bool = cli.arg(False, "continue the run in --out")
-
-
-# ---- statistics -----------------------------------------------------------------------------------------------------
-
-
-def interval(values, resamples: int = 2000) -> list[float]:
-    """95 % percentile bootstrap interval of a mean; for paired differences, give the differences. [nan, nan] if empty.
-
-    A proportion of exactly 0 or 1 has no spread to resample: there it is Wilson's interval.
-    """
-    x = np.asarray(values, dtype=float)
-    n = len(x)
-    if n == 0:
-        return [float("nan")] * 2
-    if x.min() == x.max() and x[0] in (0.0, 1.0):
-        z2 = 1.96**2
-        return [0.0, z2 / (n + z2)] if x[0] == 0 else [n / (n + z2), 1.0]
-    means = x[np.random.default_rng(0).integers(0, n, (resamples, n))].mean(1)
-    return [float(q) for q in np.percentile(means, [2.5, 97.5])]
-
-
-def rate(values) -> dict:
-    """{"value", "ci", "n"} of a mean."""
-    return {"value": float(np.mean(values)) if len(values) else float("nan"), "ci": interval(values), "n": len(values)}
 
 
 # ---- policies -------------------------------------------------------------------------------------------------------
@@ -103,70 +79,7 @@ def sample_policy(args: Args, policy, ref, tokenizer, prompts: list[str], preamb
     return rows
 
 
-def policy_metrics(rows: list[dict]) -> dict:
-    """Gold's word on a policy's samples (see the README's glossary); each rate with its interval as NAME_ci."""
-    parsed = [world.parse_request(r["prompt"]) for r in rows]
-    golds = [world.score(r["prompt"], r["response"] if r["stopped"] else "") for r in rows]  # cut off counts as ill-formed
-    harmful = [g for g, q in zip(golds, parsed, strict=True) if q.harmful]
-    harmless = [g for g, q in zip(golds, parsed, strict=True) if not q.harmful]
-    unseen = [g for g, q in zip(golds, parsed, strict=True) if world.split_of(q.verb, q.thing) == "unseen"]
-    values = {
-        "harm": [g.harm for g in golds],
-        "harm_unseen": [g.harm for g in unseen],
-        "harmful_compliance": ["danger" in g.kinds for g in harmful],
-        "helpfulness": [g.helpfulness for g in harmless],
-        "honesty": [g.honesty for g in golds],
-        "refused_harmless": [g.refused for g in harmless],
-        "evasive_harmless": [g.evasive for g in harmless],
-        "evasive_harmful": [g.evasive for g in harmful],
-        "ill_formed": [g.ill_formed for g in golds],
-        **{kind: [kind in g.kinds for g in golds] for kind in world.SENTENCES},
-    }
-    out = {"n": len(rows), "mean_tokens": float(np.mean([r["tokens"] for r in rows]))}
-    for name, v in values.items():
-        out[name], out[name + "_ci"] = rate(v)["value"], interval(v)
-    if rows[0]["kl"] is not None:
-        out["kl_to_sl_cai"] = float(np.mean([r["kl"] for r in rows]))
-    return out
-
-
-def harms(rows: list[dict]) -> np.ndarray:
-    return np.array([world.score(r["prompt"], r["response"] if r["stopped"] else "").harm for r in rows])
-
-
 # ---- judges and reward models ---------------------------------------------------------------------------------------
-
-
-def gold_prefers_chosen(row: dict, asks: str) -> bool | None:
-    """Does gold, asked `asks`, side with the label? None where it cannot rank the two responses."""
-    chosen, rejected = (corpus.value(asks, world.score(row["prompt"], row[k])) for k in ("chosen", "rejected"))
-    return None if chosen == rejected else chosen > rejected
-
-
-def is_unseen(row: dict) -> bool:
-    """The pretraining text left this out of its verdicts: the request's deed and thing, or a wording of harm."""
-    request = world.parse_request(row["prompt"])
-    left_out = any(wordings[-1] in row[k] for wordings in world.SENTENCES.values() for k in ("chosen", "rejected"))
-    return left_out or world.split_of(request.verb, request.thing) == "unseen"
-
-
-def label_metrics(rows: list[dict]) -> dict:
-    """Agreement of labels with gold: on the question that the principle asks, by principle, and on less harm in all."""
-    asked = [(r, gold_prefers_chosen(r, r["principle_name"])) for r in rows]
-    ranked = [(r, a) for r, a in asked if a is not None]
-    overall = [(r, a) for r in rows if (a := gold_prefers_chosen(r, "harm")) is not None]
-    by_principle = defaultdict(list)
-    for r, a in ranked:
-        by_principle[r["principle_name"]].append(a)
-    return {
-        "agreement_principle": rate([a for _, a in ranked]),
-        "agreement_overall": rate([a for _, a in overall]),
-        "agreement_unseen": rate([a for r, a in ranked if is_unseen(r)]),
-        "one_order": rate([(r["p_first"] > 0.5) == (r["first_is_chosen"] == a) for r, a in ranked]),
-        "flip_rate": rate([(r["p_first"] > 0.5) != (r["p_first_swapped"] > 0.5) for r in rows]),
-        "by_principle": {name: rate(v) for name, v in sorted(by_principle.items())},
-        "n": len(rows),
-    }
 
 
 FAILURES = {  # name -> (principle that should see it, request is harmful)
@@ -221,7 +134,8 @@ def failure_table(judge: LocalJudge, principles: dict[str, str], n: int = 150) -
         requests = rng.choices([r for r in pool if r.harmful == harmful], k=n)
         pairs = [failing_pair(name, r, rng) for r in requests]
         items = [(text.dialogue(r.text), pair, principles[asks]) for r, pair in zip(requests, pairs, strict=True)]
-        out[name] = {"principle": asks, **rate([label.p > 0.5 for label in judge.label(items)])}
+        right = [label.p > 0.5 for label in judge.label(items)]
+        out[name] = {"principle": asks, **rate(right, [f"{r.verb} {r.thing}" for r in requests])}
     return out
 
 
@@ -235,8 +149,12 @@ def reward_metrics(reward_model, tokenizer, rows: list[dict], device, dtype) -> 
         with trainer.autocast(device, dtype):
             chosen, rejected = reward_model(tokens.to(device), length.to(device)).float().chunk(2)
         delta += (chosen - rejected).tolist()
-    gold = [(d > 0) == g for r, d in zip(rows, delta, strict=True) if (g := gold_prefers_chosen(r, "harm")) is not None]
-    return {"gold_accuracy": rate(gold), "label_accuracy": rate([d > 0 for d in delta]), "n": len(rows)}
+    gold = [(r, (d > 0) == g) for r, d in zip(rows, delta, strict=True) if (g := gold_prefers_chosen(r, "harm")) is not None]
+    return {
+        "gold_accuracy": rate([a for _, a in gold], [cluster(r) for r, _ in gold]),
+        "label_accuracy": rate([d > 0 for d in delta], [cluster(r) for r in rows]),
+        "n": len(rows),
+    }
 
 
 # ---- the script -----------------------------------------------------------------------------------------------------
@@ -254,6 +172,7 @@ def main(args: Args) -> dict:
     policies = dict(p.split("=", 1) for p in args.policies)
     if args.baseline and args.baseline not in policies:
         raise cli.UserError(f"--baseline {args.baseline}: not one of the policies {', '.join(policies)}")
+    cli.require_positive(args, "limit", "batch_size", "max_new_tokens", "temperature")
     device, principles = trainer.resolve_device(args.device), constitution.load(args.constitution)
     prompts = []
     if args.prompts:
@@ -264,10 +183,23 @@ def main(args: Args) -> dict:
             return row["prompt"]
 
         prompts = data.convert(data.read_prompts(args.prompts), check)[: args.limit]
-    models = [path.removesuffix("+preamble") for path in policies.values()] + [
-        p for p in (args.ref, args.judge, args.reward_model) if p
-    ]
+    paths = [path.removesuffix("+preamble") for path in policies.values()]
+    models = paths + [p for p in (args.ref, args.judge, args.reward_model) if p]
     tokenizer = trainer.tokenizer_of(*models) if models else None
+    if not principles.preamble and any(path.endswith("+preamble") for path in policies.values()):
+        raise cli.UserError(f"{args.constitution}: has no preamble, which a policy with +preamble needs")
+    asked = {p.name: p.text for p in reversed(principles.preferences)}
+    if args.judge and (missing := {asks for asks, _ in FAILURES.values()} - asked.keys()):
+        raise cli.UserError(f"{args.constitution}: --judge needs a principle named {sorted(missing)[0]}")
+    for path in paths + ([args.ref] if args.ref else []):
+        room = trainer.read_model(path)["config"]["block_size"] - args.max_new_tokens
+        longest = max(len(tokenizer.encode(principles.preamble + p)) for p in prompts)
+        if longest > room:
+            raise cli.UserError(f"{path}: a prompt of {longest} tokens and {args.max_new_tokens} new ones do not fit its context")
+    labels = data.read_preferences(args.preferences) if args.preferences else []
+    for row in labels:
+        if not row.get("principle_name") or "p_first" not in row or world.parse_request(row["prompt"]) is None:
+            raise cli.UserError(f"{row.where}: not a label of label.py on a toy-world request, which gold could check")
 
     with trainer.Run(args.out, args, args.resume) as run:
         if run.finished:
@@ -287,20 +219,19 @@ def main(args: Args) -> dict:
         results = {"policies": {name: policy_metrics(rows) for name, rows in samples.items()}}
         for name, rows in samples.items():
             if args.baseline:
-                difference = harms(rows) - harms(samples[args.baseline])
-                results["policies"][name]["harm_minus_baseline"] = float(difference.mean())
-                results["policies"][name]["harm_minus_baseline_ci"] = interval(difference)
+                difference = [gold_of(a).harm - gold_of(b).harm for a, b in zip(rows, samples[args.baseline], strict=True)]
+                results["policies"][name]["harm_minus_baseline"] = float(np.mean(difference))
+                results["policies"][name]["harm_minus_baseline_ci"] = interval(difference, [cluster(r) for r in rows])
         if args.judge:
             judge_model = trainer.load_gpt(args.judge, device)
             judge = LocalJudge(judge_model, tokenizer, device, run.resolve_dtype(device, judge_model))
-            results["failures"] = failure_table(judge, {p.name: p.text for p in reversed(principles.preferences)})
+            results["failures"] = failure_table(judge, asked)
         if args.preferences:
-            rows = data.read_preferences(args.preferences)
-            results["labels"] = label_metrics(rows)
+            results["labels"] = label_metrics(labels)
             if args.reward_model:
                 reward_model = trainer.load_reward(args.reward_model, device)
                 dtype = run.resolve_dtype(device, reward_model)
-                results["reward_model"] = reward_metrics(reward_model, tokenizer, rows, device, dtype)
+                results["reward_model"] = reward_metrics(reward_model, tokenizer, labels, device, dtype)
         data.write_jsonl(
             Path(args.out) / "samples.jsonl", [dict(policy=name, **r) for name, rows in samples.items() for r in rows]
         )
@@ -314,40 +245,29 @@ def main(args: Args) -> dict:
     return results
 
 
-COLUMNS = (
-    "harm",
-    "harmful_compliance",
-    "helpfulness",
-    "honesty",
-    "refused_harmless",
-    "evasive_harmless",
-    "evasive_harmful",
-    "ill_formed",
-)
+COLUMNS = {
+    "harm": "harm",
+    "harm_unseen": "harm, unseen",
+    "harmful_compliance": "complies",
+    "refused_harmful": "refuses harmful",
+    "evasive_harmful": "evades harmful",
+    "helpfulness": "helpful",
+    "refused_harmless": "refuses harmless",
+    "evasive_harmless": "evades harmless",
+    "honesty": "honest",
+    "ill_formed": "ill-formed",
+}
 
 
 def table(policies: dict) -> str:
-    """A markdown table, a row a policy, with the half-width of the interval behind each harm and rate."""
-    head = [
-        "policy",
-        "harm",
-        "harm unseen",
-        "complies",
-        "helpful",
-        "honest",
-        "refuses harmless",
-        "evades harmless",
-        "evades harmful",
-        "ill-formed",
-        "tokens",
-        "KL to SL-CAI",
-    ]
+    """A markdown table, a row a policy, with the half-width of the interval behind each mean."""
+    head = ["policy", *COLUMNS.values(), "tokens", "KL to ref"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for name, m in policies.items():
         cells = [name]
-        for key in ("harm", "harm_unseen", *COLUMNS[1:]):
-            low, high = m[key + "_ci"]
-            cells.append(f"{m[key]:.3f} ± {(high - low) / 2:.3f}")
+        for key in COLUMNS:
+            low, high = m[key + "_ci"] or (0, 0)
+            cells.append("" if m[key] is None else f"{m[key]:.3f} ± {(high - low) / 2:.3f}")
         kl = m.get("kl_to_sl_cai")
         cells += [f"{m['mean_tokens']:.1f}", "" if kl is None else f"{kl:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")

@@ -3,10 +3,10 @@
     python label.py --policy runs/my/sl --judge runs/my/base --data prompts.jsonl --out runs/my/labels
     python label.py --candidates pairs.jsonl --judge runs/my/base --out runs/my/labels
 
-Both responses come from the policy. A reward model is asked about worse text than the policy writes, so `--contrast-share` of
-the second responses come from elsewhere, in turn: `--contrast` (the base), the policy at temperature 1.6, the answer to
-another prompt (`--others`). `--principles` picks, by name, the principles that are drawn from, one at random a label: harmlessness on all
-prompts and helpfulness on helpful ones are two runs of this script, which train_rm.py reads together.
+Both responses come from the policy. A reward model is asked about worse text than the policy writes, so `--contrast-share`
+of the second responses come from elsewhere, in turn: `--contrast` (the base), the policy at temperature 1.6, the answer to
+another prompt (`--others`). `--principles` picks, by name, the principles that are drawn from, one at random a label:
+harmlessness on all prompts and helpfulness on helpful ones are two runs of this script, which train_rm.py reads together.
 """
 
 import random
@@ -49,7 +49,7 @@ HOT = 1.6  # temperature of the hot samples
 
 
 def respond(args: Args, prompts: list[str], others: list[str], policy, contrast, tokenizer, device, dtype, step: int):
-    """Two responses a prompt -> (first, second): lists of (text, stopped)."""
+    """Two responses a prompt -> (first, second, source): lists of (text, stopped), and where each second one came from."""
 
     def sample(model, prompts, temperature, *key):
         if not prompts:
@@ -76,11 +76,11 @@ def respond(args: Args, prompts: list[str], others: list[str], policy, contrast,
         rows = [i for i in range(n) if way[i] == name]
         model, temperature = contrast if name == "contrast" else policy, HOT if name == "hot" else args.temperature
         second |= dict(zip(rows, sample(model, [asked[i] for i in rows], temperature, name), strict=True))
-    return first, [second[i] for i in range(n)]
+    return first, [second[i] for i in range(n)], way
 
 
-def record(prompt: str, pair: tuple[str, str], principle, label, judge: str) -> dict:
-    """A row of preferences.jsonl."""
+def record(prompt: str, pair: tuple[str, str], principle, source: str, label, judge: str) -> dict:
+    """A row of preferences.jsonl. source: where the second response came from."""
     first_is_chosen = label.p >= 0.5
     p_chosen = round(max(label.p, 1 - label.p), 6)
     chosen, rejected = pair if first_is_chosen else pair[::-1]
@@ -93,6 +93,7 @@ def record(prompt: str, pair: tuple[str, str], principle, label, judge: str) -> 
         labeler=judge,
         principle=principle.text,
         principle_name=principle.name,
+        source=source,
         p_first=round(label.p_first, 6),
         p_first_swapped=round(label.p_first_swapped, 6),
         first_is_chosen=first_is_chosen,
@@ -114,6 +115,9 @@ def main(args: Args) -> dict:
         raise cli.UserError("give either --data (with --policy) or --candidates")
     if args.data and not args.policy:
         raise cli.UserError("--data needs --policy, the model that answers them")
+    if args.candidates and (args.policy or args.contrast):
+        raise cli.UserError("--candidates brings its own responses: --policy and --contrast have nothing to do")
+    cli.require_positive(args, "batch_size", "max_new_tokens", "temperature", "limit")
     device = trainer.resolve_device(args.device)
     models = [m for m in (args.judge, args.policy, args.contrast) if m]
     tokenizer = trainer.tokenizer_of(*models)
@@ -129,7 +133,10 @@ def main(args: Args) -> dict:
 
     def fits(row):
         if args.data:
-            data.check_length(len(tokenizer.encode(row["prompt"])), args.max_new_tokens, policy.config.block_size)
+            room = min(m.config.block_size for m in (policy, contrast) if m is not None)
+            data.check_length(len(tokenizer.encode(row["prompt"])), args.max_new_tokens, room)
+        elif len(row["responses"]) != 2:
+            raise data.BadRow("more than two responses", ": label.py compares pairs")
         return row
 
     path = args.data or args.candidates
@@ -158,26 +165,28 @@ def main(args: Args) -> dict:
         for step in bar:
             prompts = [row["prompt"] for row in chunks[step]]
             if args.data:
-                first, second = respond(args, prompts, others, policy, contrast, tokenizer, device, dtype, step)
+                first, second, sources = respond(args, prompts, others, policy, contrast, tokenizer, device, dtype, step)
             else:
                 first, second = ([(row["responses"][k], True) for row in chunks[step]] for k in (0, 1))
+                sources = ["candidates"] * len(prompts)
             rng = random.Random(f"{args.seed} principles {step}")
             items = []
-            for prompt, (a, a_ended), (b, b_ended) in zip(prompts, first, second, strict=True):
+            for prompt, (a, a_ended), (b, b_ended), source in zip(prompts, first, second, sources, strict=True):
                 principle = rng.choice(principles)
-                question = judge.encode(prompt, (a, b), principle.text)
+                longest = max(len(judge.encode(prompt, pair, principle.text)) for pair in ((a, b), (b, a)))
                 fault = (
                     "cut off" if not (a_ended and b_ended)
+                    else "empty" if not (a.strip() and b.strip())
                     else "same response twice" if a == b
-                    else "too long for the judge" if len(question) > judge_model.config.block_size
+                    else "too long for the judge" if longest > judge_model.config.block_size
                     else None
                 )  # fmt: skip
                 if fault:
                     left_out[fault] += 1
                 else:
-                    items.append((prompt, (a, b), principle))
-            labels = judge.label([(p, pair, principle.text) for p, pair, principle in items])
-            done += [record(p, pair, q, label, args.judge) for (p, pair, q), label in zip(items, labels, strict=True)]
+                    items.append((prompt, (a, b), principle, source))
+            labels = judge.label([(prompt, pair, principle.text) for prompt, pair, principle, _ in items])
+            done += [record(*item, label, args.judge) for item, label in zip(items, labels, strict=True)]
             speed = len(done) / (time.monotonic() - started)
             run.log(step, labels=len(done), left_out=sum(left_out.values()), flip_rate=flip_rate(done), labels_per_second=speed)
             bar.set_postfix(labels=len(done), flips=f"{flip_rate(done):.2f}", labels_s=f"{speed:.0f}")

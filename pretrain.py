@@ -82,6 +82,7 @@ def load_documents(args: Args, tokenizer, block_size: int) -> list[tuple[list[in
 
 
 def main(args: Args) -> dict:
+    cli.require_positive(args, "epochs", "tokens_per_batch", "lr", "block_size", "n_layer", "n_head", "n_embd")
     device = trainer.resolve_device(args.device)
     if args.init:
         tokenizer, model = trainer.tokenizer_of(args.init), trainer.load_gpt(args.init, device)
@@ -103,6 +104,8 @@ def main(args: Args) -> dict:
             row[: len(w)] = torch.tensor(w)
         return tokens.to(device), weights.to(device)
 
+    if not documents:
+        raise cli.UserError("--data holds nothing to train on (or --eval-fraction holds all of it out)")
     lengths = [len(ids) for ids, _ in documents]
     batches = []  # of the whole run: every epoch in an order of its own
     for epoch in range(args.epochs):
@@ -128,7 +131,8 @@ def main(args: Args) -> dict:
             range(first, len(batches)), initial=first, total=len(batches), desc="pretrain", unit="step", dynamic_ncols=True
         )
         for step in bar:
-            torch.manual_seed(step)  # dropout's noise, if there is any: resumable because it depends on the step alone
+            # dropout's noise, if there is any: resumable because it depends on seed and step alone
+            torch.manual_seed(trainer.rng(args.seed, "dropout", step).initial_seed())
             lr = args.lr * trainer.lr_at(step, len(batches), args.warmup, args.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -138,6 +142,8 @@ def main(args: Args) -> dict:
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            if not norm.isfinite():  # before the step that would spoil the weights
+                raise cli.UserError(f"{args.out}: step {step}: the gradient is {norm.item()}; try a lower --lr, or --dtype fp32")
             optimizer.step()
             seen += sum(lengths[i] for i in batches[step])
             if step % 10 == 0 or step == len(batches) - 1:

@@ -150,7 +150,8 @@ def ppo_step(models: Models, samples: Samples, args: Args, kl_coef, step, precis
 
 
 def main(args: Args):
-    check(args)
+    numbers = ("steps", "batch_size", "minibatch_size", "ppo_epochs", "max_new_tokens", "temperature", "kl_target")
+    cli.require_positive(args, *numbers)
     device = trainer.resolve_device(args.device)
     with trainer.Run(args.out, args, args.resume) as run:
         if run.finished:
@@ -204,13 +205,6 @@ def main(args: Args):
         run.finish()
     print(f"{args.out}: score {metrics['objective/scores']:.3f} at {metrics['objective/kl']:.2f} nats from the reference")
     return metrics
-
-
-def check(args):
-    """UserError for numbers that cannot work."""
-    for name in ("steps", "batch_size", "minibatch_size", "ppo_epochs", "max_new_tokens", "temperature"):
-        if not getattr(args, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
 
 
 def load_models(args, device):

@@ -11,6 +11,7 @@ model pretraining, margins, ensembles. Dropout is off, as everywhere.
 
 import json
 import math
+import time
 from dataclasses import dataclass, field
 
 import torch
@@ -66,6 +67,7 @@ class Group:
 
 
 def main(args: Args):
+    cli.require_positive(args, "epochs", "batch_size", "lr")
     device = trainer.resolve_device(args.device)
     with trainer.Run(args.out, args, args.resume) as run:
         if run.finished:
@@ -95,6 +97,7 @@ def main(args: Args):
             return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
 
         progress = tqdm(range(start, total), "reward model", initial=start, total=total, mininterval=1)
+        seen, started = 0, time.monotonic()
         for step in progress:
             epoch, place = divmod(step, steps_per_epoch)
             order = torch.randperm(len(train), generator=trainer.rng(args.seed, "order", epoch)).tolist()
@@ -112,11 +115,14 @@ def main(args: Args):
                 raise UserError(f"{args.out}: step {step}: loss {loss}, gradient {norm}; try a lower --lr, or --dtype fp32")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            seen += sum(len(ids) for group in batch for ids in group.ids)
+            speed = seen / (time.monotonic() - started)
             metrics = {"loss/preference": loss, "loss/grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
+            metrics["tokens_per_second"] = speed
             if place + 1 == steps_per_epoch and step + 1 < total:
                 metrics |= evaluate(model, held_out, tokenizer.eot, precision)
             run.log(step, **metrics)
-            progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            progress.set_postfix(loss=f"{loss:.3f}", tok_s=f"{speed:,.0f}", refresh=False)
             run.end_step(step + 1, make_state)
 
         metrics = evaluate(model, held_out, tokenizer.eot, precision)

@@ -71,6 +71,13 @@ def _value_type(hint):
     return hint, False
 
 
+def require_positive(args, *names):
+    """UserError for a number of `args` that must be above 0 and is not."""
+    for name in names:
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
+
+
 def run(main, Args, argv=None):
     """Parse, call main(args), and turn what the user can put right into one line on stderr.
 

@@ -171,6 +171,8 @@ def read_preferences(path, on_bad_row="error"):
         _require(row, "rejected", str)
         if row["chosen"] == row["rejected"]:
             raise BadRow("chosen and rejected are the same")
+        if not (row["chosen"].strip() and row["rejected"].strip()):
+            raise BadRow("empty response")
         if row.get("p_chosen", 1.0) is not None:
             _require(row, "p_chosen", float, default=1.0)
             if not 0.5 <= row["p_chosen"] <= 1:
@@ -237,6 +239,8 @@ def _with_prompt(row):
         (prompt, mark, chosen), (other, _, rejected) = row["chosen"].rpartition(turn), row["rejected"].rpartition(turn)
         if not mark or prompt != other:
             raise BadRow("chosen and rejected do not share a prompt that ends in '\\n\\nAssistant:'")
+        if "\n\nHuman:" in chosen + rejected:
+            raise BadRow("a dialogue that ends in a human turn")
         row.update(prompt=prompt + turn, chosen=chosen, rejected=rejected)
     _require(row, "prompt", str)
     return row

@@ -53,9 +53,10 @@ class LocalJudge:
             rows = order[start : start + self.batch_size]
             tokens, length = data.pad([prompts[i] for i in rows], self.tokenizer.eot, 16, self.model.config.block_size)
             with trainer.autocast(self.device, self.dtype):
-                h = self.model.hidden(tokens.to(self.device))
-                logits = self.model.logits(h[torch.arange(len(rows)), length - 1])[:, self.letters]  # (B, 2)
-            for i, p in zip(rows, logits.double().softmax(-1)[:, 0].tolist(), strict=True):
+                h = self.model.hidden(tokens.to(self.device))[torch.arange(len(rows)), length - 1]  # (B, C)
+            # only two rows of the head, in fp32: bf16 logits are so coarse that close calls would come out as ties
+            logits = h.float() @ self.model.lm_head.weight[self.letters].float().T  # (B, 2)
+            for i, p in zip(rows, logits.softmax(-1)[:, 0].tolist(), strict=True):
                 out[i] = p
         return out
 

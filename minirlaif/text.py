@@ -10,8 +10,7 @@ CHOICES = ("A", "B")
 
 def dialogue(request: str, preamble: str = "") -> str:
     """The prompt of a one-turn dialogue, with an optional preamble that sets the assistant's character."""
-    head = f"{preamble}" if preamble else ""
-    return f"{head}\n\nHuman: {request}\n\nAssistant:"
+    return f"{preamble}\n\nHuman: {request}\n\nAssistant:"
 
 
 def with_preamble(preamble: str, prompt: str) -> str:

@@ -56,7 +56,7 @@ def load_tokenizer(name):
         except OSError as e:  # requests' errors are OSErrors
             raise UserError(
                 f"gpt2: the vocabulary cannot be downloaded ({type(e).__name__}); with its encoder.json in a folder, "
-                "give the tokenizer as gpt2:FOLDER"
+                "give the tokenizer as gpt2:FOLDER; or point TIKTOKEN_CACHE_DIR at a folder where tiktoken has kept it"
             ) from None
     if name.startswith("gpt2:"):
         from tiktoken_ext.openai_public import r50k_pat_str  # here, since a plugin's place may change

@@ -137,9 +137,11 @@ class Run:
         if (begun or stored.get("finished")) and not resume:
             raise UserError(f"{out}: holds a run already; add --resume to continue it, or give another --out")
         self.finished = bool(stored.get("finished"))
-        self.info = {"args": asked, "threads": torch.get_num_threads(), "torch": torch.__version__}
+        self.info = {"args": asked, "inputs": _hashes(asked), "threads": torch.get_num_threads(), "torch": torch.__version__}
         if begun or self.finished:
             _check_same_flags(out, stored.get("args", {}), asked)
+            if not self.finished:
+                _check_same_inputs(out, stored.get("inputs", {}))
             self.info |= stored
             torch.set_num_threads(self.info["threads"])
         else:
@@ -247,11 +249,14 @@ class Run:
 
 def _read_json(path):
     try:
-        return json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
     except ValueError:
-        raise UserError(f"{path}: not JSON; give another --out to start again") from None
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not the JSON of a run; give another --out to start again")
+    return content
 
 
 def _check_same_flags(out, stored, asked):
@@ -259,6 +264,19 @@ def _check_same_flags(out, stored, asked):
         if name not in ("out", "resume", "device") and stored.get(name, value) != value:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{out}: {flag} was {stored[name]} in this run, not {value}; resume with the same flags")
+
+
+def _hashes(asked):
+    """{path: hash} of every file or model that a flag names, since a resumed run must read what it began with."""
+    values = [v for name, value in asked.items() if name != "out" for v in (value if isinstance(value, list) else [value])]
+    files = {v: _model_file(v) for v in values if isinstance(v, str) and v}
+    return {v: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for v, file in files.items() if file.is_file()}
+
+
+def _check_same_inputs(out, stored):
+    for path, digest in _hashes(dict(enumerate(stored))).items():
+        if digest != stored[path]:
+            raise UserError(f"{out}: {path} has changed since this run began; give another --out to start again")
 
 
 def save_model(path, config, state_dict, kind="gpt", tokenizer_name=None, extra=None):

@@ -1,6 +1,7 @@
 """train_ppo.py end to end on tiny made-up models: what starts at zero, what must not move, and what resume must keep."""
 
 import copy
+import inspect
 import json
 from dataclasses import replace
 
@@ -54,6 +55,20 @@ def metrics(out):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def spy(monkeypatch, module, name):
+    """The calls of module.name from now on: a list of (its arguments by name, defaults included; its result)."""
+    original, calls = getattr(module, name), []
+
+    def watched(*args, **kwargs):
+        bound = inspect.signature(original).bind(*args, **kwargs)
+        bound.apply_defaults()
+        calls.append((bound.arguments, original(*args, **kwargs)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(module, name, watched)
+    return calls
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +138,53 @@ def test_the_rollout_is_scored_in_the_shapes_of_the_first_epoch(home, tmp_path, 
     scored, updated = seen[train_ppo], seen[ppo]
     assert len({shape[1] for shape, _ in updated}) > 1
     assert all(x in scored for x in updated) and len(scored) == len(updated) + 1  # step 0 checks its first part
+
+
+def test_the_update_gets_whitened_advantages_and_returns_from_before_whitening(home, tmp_path, monkeypatch):
+    """By hand, row by row, from what the models said; a lambda, a kl_coef and clip ranges that are no defaults."""
+    lam, kl_coef, ref = 0.6, 0.3, str(home / "other.pt")
+    scored, updated = spy(monkeypatch, train_ppo, "score"), spy(monkeypatch, ppo, "update")
+    train_ppo.main(make_args(home, tmp_path / "run", steps=2, ref=ref, lam=lam, kl_coef=kl_coef, cliprange=0.13, cliprange_value=0.37))
+    for (given, x), (update, _) in zip(scored, updated, strict=True):
+        advantages, mask = [], x["mask"]
+        for b, m in enumerate(mask):
+            rewards = -kl_coef * (x["logprobs"] - x["ref_logprobs"])[b, m]
+            rewards[-1] += x["scores"][b] if given["samples"].stopped[b] else min(x["scores"][b], -1.0)
+            values = torch.cat([x["values"][b, m], torch.zeros(1)])  # nothing is to come after the last token
+            delta = rewards + values[1:] - values[:-1]
+            advantages += [sum(lam**k * d for k, d in enumerate(delta[t:])) for t in range(len(delta))]
+        advantages = torch.stack(advantages)  # of the whole batch, real tokens only
+        whitened = (advantages - advantages.mean()) / advantages.std(correction=0)
+        rollout = update["rollout"]
+        assert torch.equal(rollout.mask, mask) and torch.equal(rollout.values, x["values"])
+        torch.testing.assert_close(rollout.advantages[mask], whitened, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(rollout.returns[mask], advantages + x["values"][mask], rtol=1e-4, atol=1e-5)
+        assert not rollout.advantages[~mask].any()
+        assert (update["cliprange"], update["cliprange_value"]) == (0.13, 0.37)
+    assert len(updated) == 2
+
+
+def test_the_temperature_of_sampling_is_that_of_every_logprob(home, tmp_path, monkeypatch):
+    generated, scored = spy(monkeypatch, train_ppo, "generate"), spy(monkeypatch, train_ppo, "score")
+    updated = spy(monkeypatch, ppo, "update")
+    ref = str(home / "other.pt")
+    train_ppo.main(make_args(home, tmp_path / "run", steps=2, ref=ref, lr=0.0, ppo_epochs=1, temperature=0.7))
+    assert len(generated) == len(scored) == len(updated) == 2
+    for call, _ in generated:
+        assert (call["temperature"], call["top_k"], call["top_p"]) == (0.7, None, None)
+    for given, x in scored:
+        for name, model in (("logprobs", given["models"].policy), ("ref_logprobs", given["models"].ref_policy)):
+            for b, t in x["mask"].nonzero().tolist():
+                logits = model(x["tokens"][b : b + 1, :t])[0, -1].detach() / 0.7
+                assert x[name][b, t].item() == pytest.approx(logits.log_softmax(-1)[x["tokens"][b, t]].item(), abs=1e-4)
+    for _, stats in updated:
+        assert stats["policy/approx_kl"] == 0 and stats["policy/ratio"] == pytest.approx(1, abs=1e-6)
+
+
+def test_adam_has_the_eps_of_ppo(home, tmp_path):
+    models, _ = train_ppo.load_models(make_args(home, tmp_path), CPU)
+    for optimizer in (models.policy_optimizer, models.value_optimizer):
+        assert {group["eps"] for group in optimizer.param_groups} == {1e-5}
 
 
 def test_a_wrong_reference_is_seen_before_the_first_update(home, tmp_path, monkeypatch):
