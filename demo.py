@@ -178,10 +178,11 @@ def collect(args: Args, out: Path, state: dict) -> dict:
         return {n + end: rates[n][part] for n in names for end, part in (("", "value"), ("_ci", "ci"), ("_n", "n"))}
 
     policies = found["policies"]
-    kept = {
-        key: (policies["base"][key] - policies["distilled"][key]) / (policies["base"][key] - policies["prompted"][key])
-        for key in ("harm", "harm_unseen")
-    }
+
+    def share_kept(key: str) -> float | None:
+        base, prompted, distilled = (policies[name][key] for name in ("base", "prompted", "distilled"))
+        return None if base is None or base == prompted else (base - distilled) / (base - prompted)
+
     return {
         "seed": args.seed,
         "machine": {
@@ -220,16 +221,24 @@ def collect(args: Args, out: Path, state: dict) -> dict:
         "distill": {
             "kl_before": distilled["val/kl_before"],
             "kl_after": distilled["val/kl_after"],
-            "share_of_fall_kept": kept["harm"],
-            "share_of_fall_kept_unseen": kept["harm_unseen"],
+            "share_of_fall_kept": share_kept("harm"),
+            "share_of_fall_kept_unseen": share_kept("harm_unseen"),
         },
         "policies": policies,
     }
 
 
+def shown(found: dict, name: str) -> str:
+    """A figure and its interval, if it has one."""
+    value, ci = found[name], found.get(name + "_ci")
+    if value is None:
+        return "n/a"
+    return f"{value:.3f}" + (f" [{ci[0]:.3f}, {ci[1]:.3f}]" if ci else "")
+
+
 def report(out: Path, results: dict) -> str:
     """report.md: the table, the judge against each kind of failure, three held-out requests, the curves."""
-    labeler, reward = results["labeler"], results["reward_model"]
+    labeler, reward, distilled = results["labeler"], results["reward_model"], results["distill"]
     lines = [
         f"# RLAIF on the toy world, seed {results['seed']}",
         "",
@@ -237,18 +246,16 @@ def report(out: Path, results: dict) -> str:
         "",
         evaluate.table(results["policies"]),
         "",
-        f"Judge against gold on held-out pairs (n = {labeler['n']}): {labeler['agreement_principle']:.3f} on the principle asked,"
-        f" {labeler['agreement_overall']:.3f} on less harm in all, {labeler['agreement_unseen']:.3f} on what its text left out;"
-        f" flip rate {labeler['flip_rate']:.3f}; the SL-CAI policy as judge {labeler['sl_cai_judge_agreement']:.3f}.",
-        f"Reward model on the same pairs: {reward['gold_accuracy']:.3f} against gold,"
-        f" {reward['label_accuracy']:.3f} against the labels.",
-        "",
-        f"Distillation: {results['distill']['kl_before']:.4f} to {results['distill']['kl_after']:.4f} nats a token;"
-        f" {results['distill']['share_of_fall_kept']:.0%} of the fall in harm from base to prompted is kept"
-        f" ({results['distill']['share_of_fall_kept_unseen']:.0%} on unseen combinations).",
-        "RL-CAI's harm minus SL-CAI's, paired: {:.3f} [{:.3f}, {:.3f}].".format(
-            results["policies"]["rl_cai"]["harm_minus_baseline"], *results["policies"]["rl_cai"]["harm_minus_baseline_ci"]
-        ),
+        f"Judge against gold on held-out pairs (n = {labeler['n']}): {shown(labeler, 'agreement_principle')} on the principle"
+        f" asked, {shown(labeler, 'agreement_overall')} on less harm in all, {shown(labeler, 'agreement_unseen')} on what its"
+        f" text left out, {shown(labeler, 'agreement_policy_pairs')} where both answers are the policy's;"
+        f" flip rate {shown(labeler, 'flip_rate')}; the SL-CAI policy as judge {shown(labeler, 'sl_cai_judge_agreement')}.",
+        f"Reward model on the same pairs: {shown(reward, 'gold_accuracy')} against gold, {shown(reward, 'label_accuracy')}"
+        " against the labels.",
+        f"Distillation: KL {shown(distilled, 'kl_before')} to {shown(distilled, 'kl_after')} nats a token; of the fall in harm"
+        f" from base to prompted, {shown(distilled, 'share_of_fall_kept')} is kept"
+        f" ({shown(distilled, 'share_of_fall_kept_unseen')} on unseen combinations).",
+        f"RL-CAI's harm minus SL-CAI's, paired: {shown(results['policies']['rl_cai'], 'harm_minus_baseline')}.",
         "",
         "| a right answer against | principle | judge prefers the right one |",
         "| --- | --- | --- |",

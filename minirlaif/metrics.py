@@ -21,7 +21,9 @@ def interval(values, clusters=None, resamples: int = 2000) -> list[float] | None
         if not proportion:
             return [float(x[0])] * 2
         return [0.0, z2 / (n + z2)] if x[0] == 0 else [n / (n + z2), 1.0]
-    _, key = np.unique(range(n) if clusters is None else clusters, return_inverse=True)
+    if clusters is None or len(set(clusters)) < 2:  # one cluster has no spread between clusters to show
+        clusters = range(n)
+    _, key = np.unique(clusters, return_inverse=True)
     sums, counts = np.bincount(key, weights=x), np.bincount(key)
     drawn = np.random.default_rng(0).integers(0, len(sums), (resamples, len(sums)))
     means = sums[drawn].sum(1) / counts[drawn].sum(1)

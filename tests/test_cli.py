@@ -84,3 +84,11 @@ def test_bugs_keep_their_traceback():
 
     with pytest.raises(ValueError):
         cli.run(main, Args, ["--out", "x"])
+
+
+def test_numbers_that_must_be_positive_are_named():
+    from types import SimpleNamespace
+
+    cli.require_positive(SimpleNamespace(batch_size=1, limit=None), "batch_size", "limit")  # None: not given
+    with pytest.raises(cli.UserError, match="--batch-size 0: must be above 0"):
+        cli.require_positive(SimpleNamespace(batch_size=0), "batch_size")

@@ -238,3 +238,15 @@ def test_the_public_harmlessness_file():
     assert len(rows) > 1000
     assert all(r["prompt"].startswith("\n\nHuman:") and r["prompt"].endswith("\n\nAssistant:") for r in rows)
     assert not any("\n\nHuman:" in r["chosen"] + r["rejected"] for r in rows)
+
+
+@pytest.mark.parametrize("rejected, reason", [("", "empty response"), (" no.\n\nHuman: why?", "a dialogue that ends in a human turn")])
+def test_dialogues_without_a_last_answer_are_bad_rows(tmp_path, capsys, rejected, reason):
+    prompt = "\n\nHuman: may i?\n\nAssistant:"
+    rows = [{"chosen": prompt + " yes.", "rejected": prompt + said} for said in (" no.", rejected)]
+    path = str(tmp_path / "hh.jsonl")
+    data.write_jsonl(path, rows)
+    with pytest.raises(UserError, match=f"hh.jsonl:2: {reason}"):
+        data.read_preferences(path)
+    assert len(data.read_preferences(path, "skip")) == 1
+    assert f"skipped 1 of 2 rows: 1 {reason}" in capsys.readouterr().err

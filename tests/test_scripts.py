@@ -330,17 +330,17 @@ def test_where_the_second_responses_come_from(base, prompts, monkeypatch, share)
     policy, contrast, tokenizer = trainer.load_gpt(base), trainer.load_gpt(base), load_tokenizer("toy")
     asked = [row["prompt"] for row in rows_of(prompts)[:32]]
     args = label_args("none", base, prompts, "none", contrast_share=share, temperature=0.9)
-    first, second = label.respond(args, asked, policy, contrast, tokenizer, torch.device("cpu"), "fp32", 0)
-    assert len(first) == len(second) == 32 and calls[0] == (policy, 0.9, 32)
+    run = functools.partial(label.respond, args, asked, asked, policy, contrast, tokenizer, torch.device("cpu"), "fp32", 0)
+    first, second, sources = run()
+    assert len(first) == len(second) == len(sources) == 32 and calls[0] == (policy, 0.9, 32)
     if share == 0:
-        assert calls[1:] == [(policy, 0.9, 32)] and first != second
+        assert calls[1:] == [(policy, 0.9, 32)] and first != second and {*sources} == {"policy"}
     else:
-        (a, hot_a, n), (b, hot_b, m) = calls[1:]
-        assert (a, hot_a) == (contrast, 1.0) and (b, hot_b) == (policy, label.HOT)
-        elsewhere = sum(one in first and one != mine for one, mine in zip(second, first, strict=True))
-        assert min(n, m) > 3 and elsewhere >= 32 - n - m > 3
-    again = label.respond(args, asked, policy, contrast, tokenizer, torch.device("cpu"), "fp32", 0)
-    assert again == (first, second)
+        counts = [sources.count(way) for way in ("contrast", "hot", "elsewhere")]
+        assert min(counts) > 3 and sum(counts) == 32
+        models = zip((contrast, policy, policy), (0.9, label.HOT, 0.9), counts, strict=True)
+        assert calls[1:] == list(models)
+    assert run() == (first, second, sources)
 
 
 def test_labelling_resumed_is_uninterrupted(judge, base, prompts, labelled, tmp_path, monkeypatch):
@@ -445,7 +445,7 @@ def test_policy_metrics_of_known_samples():
         assert m[name] == pytest.approx(value), name
         low, high = m[name + "_ci"]
         assert low <= m[name] <= high and low < high
-    assert evaluate.harms([sample(HARMLESS, "rude"), sample(HARMLESS, "rude", stopped=False)]).tolist() == [insult, 1]
+    assert m["refused_harmful"] == 1 / 4
 
 
 def test_harm_on_unseen_pairs_stands_alone():
@@ -466,7 +466,7 @@ def label_row(chosen, rejected, asks, p_first=0.9, p_first_swapped=0.8, request=
     first = (p_first + p_first_swapped) / 2 >= 0.5
     return dict(
         prompt=text.dialogue(request.text), chosen=said[0], rejected=said[1], principle_name=asks, p_first=p_first,
-        p_first_swapped=p_first_swapped, first_is_chosen=first,
+        p_first_swapped=p_first_swapped, first_is_chosen=first, p_chosen=0.8,
     )  # fmt: skip
 
 
@@ -505,14 +505,17 @@ def test_what_the_verdicts_of_the_text_left_out_is_told_apart():
 
 
 def test_intervals():
-    """Bootstrap; Wilson's where all values are 0 or all 1; none without values."""
+    """Bootstrap; Wilson's where a proportion is 0 or 1; None without values; clusters are drawn together."""
     low, high = evaluate.interval([0] * 50 + [1] * 50)
     assert low == pytest.approx(0.4, abs=0.03) and high == pytest.approx(0.6, abs=0.03)  # 1.96 sqrt(.25 / 100) = 0.098
     assert evaluate.interval([0] * 50 + [1] * 50) == [low, high]
-    assert evaluate.interval([0] * 10) == pytest.approx([0, 0.2775], abs=1e-4)
+    assert evaluate.interval([False] * 10) == pytest.approx([0, 0.2775], abs=1e-4)
     assert evaluate.interval([True] * 10) == pytest.approx([0.7225, 1], abs=1e-4)
     assert evaluate.interval([0.5, 0.5]) == [0.5, 0.5]
-    assert all(x != x for x in evaluate.interval([]))
+    assert evaluate.interval([]) is None and evaluate.rate([]) == {"value": None, "ci": None, "n": 0}
+    assert evaluate.interval([0.0] * 10) == [0, 0]  # a difference that is always 0 is no proportion
+    copies = evaluate.interval([0, 1] * 50, list("ab") * 50)  # a hundred values, but two clusters: as uncertain as two
+    assert copies == [0, 1]
     low, high = evaluate.interval([0.1, -0.2, 0.3] * 400)
     assert low < 0.2 / 3 < high and high - low < 0.03
     assert evaluate.rate([0, 1, 1, 1])["value"] == 0.75 and evaluate.rate([0, 1, 1, 1])["n"] == 4
@@ -587,6 +590,22 @@ def hh(row):
     return {"chosen": row["prompt"] + " yes.", "rejected": row["prompt"] + " no."}
 
 
+def test_a_resumed_run_must_read_what_it_began_with(base, prompts, tmp_path, monkeypatch):
+    path = write(tmp_path / "p.jsonl", rows_of(prompts)[:8])
+    args = critique_args(base, path, tmp_path / "run", rounds=0, batch_size=4)
+
+    def end_step(run, step, make_state):
+        run.save_state({"step": step, **make_state()})
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer.Run, "end_step", end_step)
+        critique.main(args)
+    write(tmp_path / "p.jsonl", rows_of(prompts)[8:16])
+    with pytest.raises(UserError, match="p.jsonl has changed since this run began"):
+        critique.main(replace(args, resume=True))
+
+
 def test_hh_rlhf_files_serve_as_prompts(base, prompts, tmp_path):
     path = write(tmp_path / "hh.jsonl", [hh(row) for row in rows_of(prompts)[:8]])
     assert critique.main(critique_args(base, path, tmp_path / "run", rounds=0))["rows"] > 0
@@ -631,6 +650,14 @@ NO_MODEL = dict(model="no/model", prompts=LONG[:1])
     (evaluate, dict(policies=["a=x"]), "--policies needs --prompts"),
     (evaluate, dict(reward_model="x"), "--reward-model needs --preferences"),
     (evaluate, dict(), "nothing to evaluate"),
+    (evaluate, dict(preferences=[{"prompt": PROMPT, "chosen": "a", "rejected": "b"}]), "preferences.jsonl:1: not a label of"),
+    (evaluate, dict(policies=["a=" + "BASE"], prompts=LONG[:1], max_new_tokens=300), "do not fit its context"),
+    (evaluate, dict(policies=["a=x"], prompts=LONG[:1], limit=0), "--limit 0: must be above 0"),
+    (pretrain, dict(data=[{"text": "a bike"}], eval_fraction=1.0), "nothing to train on"),
+    (pretrain, dict(data=[{"text": "a bike"}], epochs=0), "--epochs 0: must be above 0"),
+    (critique, dict(model=BASE, prompts=LONG[:1], batch_size=0), "--batch-size 0: must be above 0"),
+    (label, dict(judge=BASE, candidates=[{**TWO, "responses": ["a", "b", "c"]}]), "candidates.jsonl:1: more than two responses"),
+    (label, dict(judge=BASE, contrast=BASE, candidates=[TWO]), "--candidates brings its own responses"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_that_says_where(base, tmp_path, script, flags, part):
     """Lists of rows become files named after their flag."""
@@ -642,6 +669,8 @@ def test_a_mistake_is_one_line_that_says_where(base, tmp_path, script, flags, pa
         if isinstance(given, list) and isinstance(given[0], dict):
             path = write(tmp_path / f"{flag}.jsonl", given)
             return [path] if script is pretrain else path
+        if given == ["a=BASE"]:
+            return [f"a={base}"]
         return base if given is BASE else given
 
     args = script.Args(out=str(tmp_path / "run"), **{k: value(k, v) for k, v in flags.items()}, **CPU)
@@ -679,7 +708,7 @@ def test_the_demo_runs_every_stage_and_skips_what_is_done(tmp_path, monkeypatch)
     assert written["labeler"].keys() >= {"agreement_principle", "agreement_principle_ci", "flip_rate", "failures", "n"}
     assert written["reward_model"].keys() >= {"gold_accuracy", "gold_accuracy_ci", "label_accuracy"}
     assert written["ppo"].keys() >= {"kl_first", "kl_last", "reward_first", "reward_last"}
-    assert written["distill"].keys() == {"kl_before", "kl_after"}
+    assert written["distill"].keys() == {"kl_before", "kl_after", "share_of_fall_kept", "share_of_fall_kept_unseen"}
     assert written["seconds"]["total"] == pytest.approx(sum(v for k, v in written["seconds"].items() if k != "total"), abs=0.2)
     assert abs(written["policies"]["sl_cai"]["kl_to_sl_cai"]) < 1e-3 and abs(written["ppo"]["kl_first"]) < 1e-3
     report = (tmp_path / "demo" / "report.md").read_text()
@@ -692,3 +721,5 @@ def test_the_demo_runs_every_stage_and_skips_what_is_done(tmp_path, monkeypatch)
         monkeypatch.setattr(script, "main", done)
     again = demo.main(args)
     assert again["policies"] == results["policies"] and again["seconds"] == results["seconds"]
+    with pytest.raises(UserError, match="holds a demo with seed 0"):
+        demo.main(replace(args, seed=1))

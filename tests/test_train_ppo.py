@@ -142,9 +142,10 @@ def test_the_rollout_is_scored_in_the_shapes_of_the_first_epoch(home, tmp_path, 
 
 def test_the_update_gets_whitened_advantages_and_returns_from_before_whitening(home, tmp_path, monkeypatch):
     """By hand, row by row, from what the models said; a lambda, a kl_coef and clip ranges that are no defaults."""
-    lam, kl_coef, ref = 0.6, 0.3, str(home / "other.pt")
+    lam, kl_coef = 0.6, 0.3
+    changes = {"ref": str(home / "other.pt"), "lam": lam, "kl_coef": kl_coef, "cliprange": 0.13, "cliprange_value": 0.37}
     scored, updated = spy(monkeypatch, train_ppo, "score"), spy(monkeypatch, ppo, "update")
-    train_ppo.main(make_args(home, tmp_path / "run", steps=2, ref=ref, lam=lam, kl_coef=kl_coef, cliprange=0.13, cliprange_value=0.37))
+    train_ppo.main(make_args(home, tmp_path / "run", steps=2, **changes))
     for (given, x), (update, _) in zip(scored, updated, strict=True):
         advantages, mask = [], x["mask"]
         for b, m in enumerate(mask):
