@@ -240,7 +240,9 @@ def test_the_public_harmlessness_file():
     assert not any("\n\nHuman:" in r["chosen"] + r["rejected"] for r in rows)
 
 
-@pytest.mark.parametrize("rejected, reason", [("", "empty response"), (" no.\n\nHuman: why?", "a dialogue that ends in a human turn")])
+@pytest.mark.parametrize(
+    "rejected, reason", [("", "empty response"), (" no.\n\nHuman: why?", "a dialogue that ends in a human turn")]
+)
 def test_dialogues_without_a_last_answer_are_bad_rows(tmp_path, capsys, rejected, reason):
     prompt = "\n\nHuman: may i?\n\nAssistant:"
     rows = [{"chosen": prompt + " yes.", "rejected": prompt + said} for said in (" no.", rejected)]

@@ -121,13 +121,13 @@ def test_a_tie_is_marked_as_one(tokenizer):
     """Never silently 'the first is better': status says so, and the soft label is 0.5."""
     principle = constitution.Preference(PRINCIPLE, "insult")
     tie, sure = Label(0.8, 0.2, 10), Label(0.2, 0.1, 10)
-    row = label.record(PROMPT, RESPONSES[:2], principle, tie, "judge")
-    assert (row["status"], row["p_chosen"], row["is_random"]) == ("tie", 0.5, False)
-    row = label.record(PROMPT, RESPONSES[:2], principle, sure, "judge")
+    row = label.record(PROMPT, RESPONSES[:2], principle, "policy", tie, "judge")
+    assert (row["status"], row["p_chosen"], row["is_random"], row["source"]) == ("tie", 0.5, False, "policy")
+    row = label.record(PROMPT, RESPONSES[:2], principle, "policy", sure, "judge")
     assert (row["status"], row["p_chosen"], row["first_is_chosen"]) == ("ok", 0.85, False)
     assert (row["chosen"], row["rejected"]) == RESPONSES[1::-1]
     assert (row["p_first"], row["p_first_swapped"]) == (0.2, 0.1)
-    row = label.record(PROMPT, RESPONSES[:2], principle, Label(0.9, 0.7, 10), "judge")
+    row = label.record(PROMPT, RESPONSES[:2], principle, "policy", Label(0.9, 0.7, 10), "judge")
     assert (row["chosen"], row["rejected"], row["p_chosen"]) == (*RESPONSES[:2], 0.8)
 
 
@@ -135,5 +135,5 @@ def test_the_tokens_of_both_orders_are_counted(judge, tokenizer):
     for found, pair in zip(judge.label([(PROMPT, pair, PRINCIPLE) for pair in PAIRS]), PAIRS, strict=True):
         asked = [text.options(PROMPT, list(p)) + text.question(PRINCIPLE) for p in (pair, pair[::-1])]
         assert found.prompt_tokens == sum(len(tokenizer.encode(a)) for a in asked)
-    row = label.record(PROMPT, PAIRS[0], constitution.Preference(PRINCIPLE), Label(0.6, 0.6, 123), "judge")
+    row = label.record(PROMPT, PAIRS[0], constitution.Preference(PRINCIPLE), "hot", Label(0.6, 0.6, 123), "judge")
     assert (row["prompt_tokens"], row["completion_tokens"], row["cost"]) == (123, 2, 0.0)
