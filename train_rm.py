@@ -125,7 +125,7 @@ def main(args: Args):
             progress.set_postfix(loss=f"{loss:.3f}", tok_s=f"{speed:,.0f}", refresh=False)
             run.end_step(step + 1, make_state)
 
-        metrics = evaluate(model, held_out, tokenizer.eot, precision)
+        metrics = evaluate(model, held_out, tokenizer.eot, precision) | length_heuristics(held_out)
         metrics |= normalise(model, args, train, tokenizer, precision)
         run.log(total, **metrics)
         trainer.save_model(run.folder, gpt.config, model.state_dict(), "reward", tokenizer.name)
@@ -133,7 +133,8 @@ def main(args: Args):
     if held_out:
         low, high = metrics["eval/accuracy_low"], metrics["eval/accuracy_high"]
         print(f"{args.out}: held-out accuracy {metrics['eval/accuracy']:.3f} (95% interval {low:.3f} to {high:.3f}, "
-              f"{metrics['eval/pairs']} pairs), loss {metrics['eval/loss']:.3f}; ln 2 is chance")
+              f"{metrics['eval/pairs']} pairs), loss {metrics['eval/loss']:.3f}; ln 2 is chance. The longer response is the "
+              f"preferred one in {metrics['eval/longer_is_better']:.3f}, the shorter in {metrics['eval/shorter_is_better']:.3f}")
     return metrics
 
 
@@ -220,6 +221,18 @@ def evaluate(model, groups, eot, precision):
         "eval/accuracy": right / max(1, pairs), "eval/accuracy_low": low, "eval/accuracy_high": high,
         "eval/pairs": pairs, "eval/ties": len(label) - pairs,
     }
+
+
+def length_heuristics(groups):
+    """Baselines that read nothing: how often the longer, and the shorter, response (in tokens) is the preferred one."""
+    sides = []  # > 0: the longer one is preferred; 0: both are of one length
+    for group in groups:
+        for (i, j), labels in group.p.items():
+            p = sum(labels) / len(labels)
+            if p != 0.5:
+                sides.append((len(group.ids[i]) - len(group.ids[j])) * (p - 0.5))
+    n = max(1, len(sides))
+    return {"eval/longer_is_better": sum(d > 0 for d in sides) / n, "eval/shorter_is_better": sum(d < 0 for d in sides) / n}
 
 
 def normalise(model, args, train, tokenizer, precision):

@@ -245,3 +245,11 @@ def test_help_and_the_number_of_flags(capsys):
         cli.parse(train_rm.Args, ["--help"])
     assert "--normalise-on" in capsys.readouterr().out
     assert len(train_rm.Args.__dataclass_fields__) <= 25
+
+
+def test_length_heuristics_count_the_longer_and_the_shorter():
+    def group(lengths, p):
+        return train_rm.Group("", ids=[[0] * n for n in lengths], p={(0, 1): [p]})
+
+    groups = [group((3, 2), 0.9), group((2, 3), 0.9), group((5, 1), 0.2), group((2, 2), 1.0), group((9, 1), 0.5)]
+    assert train_rm.length_heuristics(groups) == {"eval/longer_is_better": 1 / 4, "eval/shorter_is_better": 2 / 4}
