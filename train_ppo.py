@@ -53,7 +53,7 @@ class Args:
     lam: float = cli.arg(0.95, help="lambda of GAE, 0.9-1; 1 is the whole return, 0 one step")
     temperature: float = cli.arg(1.0, help="of sampling, and so of all log-probs, 0.7-1")
     max_new_tokens: int = cli.arg(32, help="longest response in tokens, end-of-text included, 16-256")
-    missing_eos_penalty: float | None = cli.arg(-1.0, help="cap on the score of a response without an end, -3 to 0")
+    missing_eos_penalty: float | None = cli.arg(-1.0, help="cap on the score of a response without an end, -3 to 0; inf: off")
     seed: int = cli.arg(0, help="decides prompts, samples and minibatches")
     device: str = cli.arg("auto", "auto takes cuda, mps or cpu, the first that is there", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = cli.arg("auto", "bf16 is autocast over fp32 weights; auto measures", choices=["auto", "fp32", "bf16"])
