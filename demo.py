@@ -52,7 +52,7 @@ class Size:
     held_out: int = 640
 
 
-QUICK = Size(8000, 128, 128, 500, 200, 4, 300, 500)
+QUICK = Size(3500, 96, 96, 300, 150, 3, 200, 200)
 
 
 def stages(args: Args, size: Size) -> dict:

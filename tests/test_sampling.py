@@ -247,9 +247,9 @@ def test_top_k_and_top_p_keep_the_likeliest(how, kept):
 def test_what_cannot_be_sampled_is_not():
     """Ids without probability, at both ends and inside, at the ends of the noise; and nothing beyond the last id."""
     logits = torch.tensor([-torch.inf, 1.0, -torch.inf, 0.3, -torch.inf, -torch.inf])
-    u = torch.cat([torch.tensor([0.0, 2**-24, 1 - 2**-24]), torch.rand(5000, generator=torch.Generator().manual_seed(0))])
+    u = torch.cat([torch.tensor([0.0, 1 - 2**-24, 1.0]), torch.rand(5000, generator=torch.Generator().manual_seed(0))])
     drawn = sample_token(logits.expand(len(u), -1), u)
     assert set(drawn.tolist()) == {1, 3}
-    assert drawn[:3].tolist() == [1, 1, 3]
+    assert drawn[:3].tolist() == [1, 3, 3]
     wide = torch.zeros(1, 50257)  # a cumulative sum of so many ends short of 1, or past it
-    assert sample_token(wide, torch.tensor([1 - 2**-24])).item() <= 50256
+    assert sample_token(wide, torch.tensor([1.0])).item() <= 50256
