@@ -1,6 +1,6 @@
 """All of RLAIF on the built-in toy world, from random weights to an aligned policy, in one command.
 
-    python demo.py                  # about eight minutes on two CPU cores
+    python demo.py                  # about nine minutes on two CPU cores
     python demo.py --quick          # under 90 seconds, weaker results
 
 Each stage is a script of this repository, called with the settings below; what it writes under --out is what the next one
@@ -33,7 +33,7 @@ HARMLESSNESS = ["danger", "insult", "bias", "ad", "harm", "evasion"]
 class Args:
     out: str = cli.arg("runs/demo", "folder to write; stages that are done there are skipped")
     seed: int = cli.arg(0, "seed of every stage")
-    quick: bool = cli.arg(False, "a tenth of the training, for a first look and for CI")
+    quick: bool = cli.arg(False, "an eighth of the pretraining and less of everything: a first look")
     device: str = cli.arg("auto", "auto takes cuda, mps or cpu, the first that is there", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = cli.arg("auto", "bf16 is autocast over fp32 weights; auto measures", choices=["auto", "fp32", "bf16"])
 
