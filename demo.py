@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,8 @@ import label
 import pretrain
 import train_ppo
 import train_rm
-from minirlaif import cli, corpus, data, world
+from minirlaif import cli, corpus, data, trainer, world
+from minirlaif.model import GPT, GPTConfig
 
 HARMLESSNESS = ["danger", "insult", "bias", "ad", "harm", "evasion"]
 
@@ -42,7 +43,7 @@ class Args:
 class Size:
     """How much of everything; --quick has less of it."""
 
-    documents: int = 28000
+    documents: int = 33000
     critique_prompts: int = 512
     helpful_samples: int = 512
     labels: int = 2600
@@ -128,7 +129,9 @@ def main(args: Args) -> dict:
     state = json.loads(file.read_text()) if file.exists() else {**settings, "done": [], "seconds": {}, "peak_memory_mb": 0}
     if {key: state[key] for key in settings} != settings:
         raise cli.UserError(f"{args.out}: holds a demo with seed {state['seed']}, quick {state['quick']}; give another --out")
-    plan = stages(args, QUICK if args.quick else Size())
+    if "dtype" not in state:  # once for all stages: a second measurement may come out differently
+        state["dtype"] = trainer.resolve_dtype(args.dtype, trainer.resolve_device(args.device), GPT(GPTConfig()))
+    plan = stages(replace(args, dtype=state["dtype"]), QUICK if args.quick else Size())
     for i, (name, (stage, stage_args)) in enumerate(plan.items(), 1):
         if name in state["done"]:
             continue
@@ -192,7 +195,7 @@ def collect(args: Args, out: Path, state: dict) -> dict:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "dtype": read("base", "args.json").get("dtype"),
+            "dtype": state["dtype"],
         },
         "seconds": {**state["seconds"], "total": round(sum(state["seconds"].values()), 1)},
         "peak_memory_mb": state["peak_memory_mb"],

@@ -57,7 +57,7 @@ def response_logprobs(model: GPT, contexts: list[list[int]], responses: list[lis
 
 
 def main(args: Args) -> dict:
-    cli.require_positive(args, "epochs", "batch_size", "lr", "max_new_tokens", "limit")
+    cli.require_positive(args, "epochs", "batch_size", "max_new_tokens", "limit")
     device = trainer.resolve_device(args.device)
     tokenizer = trainer.tokenizer_of(args.model)
     teacher, student = trainer.load_gpt(args.model, device), trainer.load_gpt(args.model, device)

@@ -82,7 +82,7 @@ def load_documents(args: Args, tokenizer, block_size: int) -> list[tuple[list[in
 
 
 def main(args: Args) -> dict:
-    cli.require_positive(args, "epochs", "tokens_per_batch", "lr", "block_size", "n_layer", "n_head", "n_embd")
+    cli.require_positive(args, "epochs", "tokens_per_batch", "block_size", "n_layer", "n_head", "n_embd")
     device = trainer.resolve_device(args.device)
     if args.init:
         tokenizer, model = trainer.tokenizer_of(args.init), trainer.load_gpt(args.init, device)

@@ -10,7 +10,6 @@ Huang et al. 2023, 2024 (the details). Left out: pretraining gradients (PPO-ptx)
 of these papers), vf_coef (the value model has its own optimizer: --value-lr), reward whitening, an entropy bonus.
 """
 
-import hashlib
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -158,7 +157,7 @@ def main(args: Args):
             print(f"{args.out}: finished already")
             return None
         tokenizer = trainer.tokenizer_of(args.init, args.reward_model, *([args.ref] if args.ref else []))
-        models, inputs = load_models(args, device)
+        models = load_models(args, device)
         prompts = load_prompts(args, tokenizer, models)
         precision = trainer.autocast(device, run.resolve_dtype(device, models.policy))
         kl = ppo.AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
@@ -166,15 +165,13 @@ def main(args: Args):
 
         state, start, metrics = run.load_state(), 0, {}
         if state:
-            if state["inputs"] != inputs:
-                raise UserError(f"{args.out}: --init, --ref or --reward-model holds other weights than when it began")
             start, kl.kl_coef, metrics = state["step"], state["kl_coef"], state["metrics"]
             for name, part in parts.items():
                 part.load_state_dict(state[name])
 
         def make_state():
             weights = {name: part.state_dict() for name, part in parts.items()}
-            return {"kl_coef": kl.kl_coef, "inputs": inputs, "metrics": metrics, **weights}
+            return {"kl_coef": kl.kl_coef, "metrics": metrics, **weights}
 
         progress = tqdm(range(start, args.steps), "ppo", initial=start, total=args.steps, mininterval=1)
         for step in progress:
@@ -208,11 +205,10 @@ def main(args: Args):
 
 
 def load_models(args, device):
-    """All models and optimizers, and the fingerprints of the weights that the run only reads."""
+    """All models and optimizers. The frozen ones are read again on resume; Run checks that their files are the same."""
     policy = trainer.load_gpt(args.init, device)
     ref_policy = trainer.load_gpt(args.ref or args.init, device).requires_grad_(False)
     reward_model = trainer.load_reward(args.reward_model, device).requires_grad_(False)
-    inputs = {"ref_policy": fingerprint(ref_policy), "reward_model": fingerprint(reward_model)}
     value_model = ValueModel(reward_model)
     # Adam's eps is 1e-5 in PPO code since the first: it keeps steps small while gradients are
     optimizers = [
@@ -221,15 +217,7 @@ def load_models(args, device):
     ]
     # dropout is off, also while training: the policy that is scored must be the policy that sampled
     models = (model.eval() for model in (policy, ref_policy, reward_model, value_model))
-    return Models(*models, *optimizers), inputs
-
-
-def fingerprint(model):
-    """A hash of all weights: the frozen models are read again on resume, and must be the same."""
-    digest = hashlib.sha256()
-    for x in model.state_dict().values():
-        digest.update(x.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return Models(*models, *optimizers)
 
 
 def load_prompts(args, tokenizer, models):

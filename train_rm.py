@@ -67,7 +67,7 @@ class Group:
 
 
 def main(args: Args):
-    cli.require_positive(args, "epochs", "batch_size", "lr")
+    cli.require_positive(args, "epochs", "batch_size")
     device = trainer.resolve_device(args.device)
     with trainer.Run(args.out, args, args.resume) as run:
         if run.finished:

@@ -338,7 +338,7 @@ def texts(n: int, seed: int = 0) -> list[str]:
 @dataclass
 class Args:
     out: str = cli.arg(help="folder to write")
-    documents: int = cli.arg(28000, "pretraining documents, 10000-100000 (about 88 tokens each)")
+    documents: int = cli.arg(33000, "pretraining documents, 10000-100000 (about 88 tokens each)")
     prompts: int = cli.arg(6000, "training prompts of the later stages, half of them harmful")
     held_out: int = cli.arg(640, "held-out prompts, half of them harmful: no stage trains on their deed x thing or phrasing")
     seed: int = cli.arg(0, "seed of everything")

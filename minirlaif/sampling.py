@@ -43,7 +43,8 @@ def sample_token(logits, u, temperature=1.0, top_k=None, top_p=None):
     cdf = logits.softmax(-1).cumsum(-1)
     # scaled by the last entry, since a rounded cdf may end short of 1; a hair below it, or rounding could pick an id
     # behind the last one that has any mass
-    return torch.searchsorted(cdf, u.clamp(max=1 - 2**-20)[:, None] * cdf[:, -1:], right=True).squeeze(-1)
+    choice = torch.searchsorted(cdf, u.clamp(max=1 - 2**-20)[:, None] * cdf[:, -1:], right=True).squeeze(-1)
+    return choice.clamp_(max=logits.shape[-1] - 1)  # only a NaN gets there; whoever scores the sample will say so
 
 
 @torch.no_grad()

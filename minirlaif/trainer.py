@@ -61,18 +61,17 @@ def resolve_dtype(name, device, model):
     x = torch.linspace(-1, 1, rows * T * C, device=device).view(rows, T, C).requires_grad_()
 
     def seconds(dtype):
-        best = math.inf
-        for _ in range(4):  # the first warms up; the least of the others is the least disturbed
-            start = time.perf_counter()
-            with autocast(device, dtype):
-                loss = block(x).float().square().mean()
-            torch.autograd.grad(loss, [x, *params])  # unlike backward(), leaves .grad alone
-            best = min(best, time.perf_counter() - start)
-        return best
+        start = time.perf_counter()
+        with autocast(device, dtype):
+            loss = block(x).float().square().mean()
+        torch.autograd.grad(loss, [x, *params])  # unlike backward(), leaves .grad alone
+        return time.perf_counter() - start
 
     training = block.training
     block.eval()  # dropout would draw from the global generator
-    faster = seconds("bf16") < 0.9 * seconds("fp32")  # a near tie goes to the exact one
+    rounds = [(seconds("bf16"), seconds("fp32")) for _ in range(10)]  # in turn, so that a busy moment disturbs both
+    bf16, fp32 = (sorted(times)[2] for times in zip(*rounds, strict=True))  # the first rounds warm up; the rest is noise
+    faster = bf16 < 0.9 * fp32  # a near tie goes to the exact one
     block.train(training)
     return "bf16" if faster else "fp32"
 

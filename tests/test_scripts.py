@@ -22,7 +22,7 @@ import label
 import pretrain
 import train_ppo
 import train_rm
-from minirlaif import constitution, corpus, data, text, trainer, world
+from minirlaif import constitution, corpus, data, metrics, text, trainer, world
 from minirlaif.cli import UserError
 from minirlaif.labelers import Label, LocalJudge
 from minirlaif.tokenizer import load_tokenizer
@@ -499,9 +499,9 @@ def test_label_metrics_of_known_labels():
 def test_what_the_verdicts_of_the_text_left_out_is_told_apart():
     row = label_row("right", "rude", "insult")
     last = world.SENTENCES["insult"][-1]
-    assert not evaluate.is_unseen(row)
-    assert evaluate.is_unseen(row | {"rejected": f" {last} {RIGHT.text}"})
-    assert evaluate.is_unseen(row | {"prompt": text.dialogue(UNSEEN.text)})
+    assert not metrics.is_unseen(row)
+    assert metrics.is_unseen(row | {"rejected": f" {last} {RIGHT.text}"})
+    assert metrics.is_unseen(row | {"prompt": text.dialogue(UNSEEN.text)})
 
 
 def test_intervals():
@@ -703,8 +703,8 @@ def test_the_demo_runs_every_stage_and_skips_what_is_done(tmp_path, monkeypatch)
         "seed", "machine", "seconds", "peak_memory_mb", "labeler", "reward_model", "ppo", "distill", "policies",
     }  # fmt: skip
     assert {*written["policies"]} == {"base", "prompted", "distilled", "sl_cai", "rl_cai"}
-    for metrics in written["policies"].values():
-        assert metrics.keys() >= {"harm", "harm_ci", "helpfulness", "ill_formed", "kl_to_sl_cai", "harm_minus_baseline"}
+    for found in written["policies"].values():
+        assert found.keys() >= {"harm", "harm_ci", "helpfulness", "ill_formed", "kl_to_sl_cai", "harm_minus_baseline"}
     assert written["labeler"].keys() >= {"agreement_principle", "agreement_principle_ci", "flip_rate", "failures", "n"}
     assert written["reward_model"].keys() >= {"gold_accuracy", "gold_accuracy_ci", "label_accuracy"}
     assert written["ppo"].keys() >= {"kl_first", "kl_last", "reward_first", "reward_last"}

@@ -51,7 +51,9 @@ def make_args(home, out, **changes):
 
 
 def metrics(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    """All but the speed, which no two runs share."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: x for name, x in row.items() if name != "tokens_per_second"} for row in rows]
 
 
 def same(a, b):
