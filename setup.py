@@ -3,6 +3,9 @@ from setuptools import setup
 extras = {
     "test": ["pytest", "ruff"],
     "plot": ["matplotlib"],
+    "log": ["tensorboard"],
+    "api": ["openai"],
+    "bench": ["trl", "transformers"],
     "hf": ["safetensors", "huggingface_hub", "transformers", "datasets"],
 }
 
