@@ -63,10 +63,13 @@ def test_documents_depend_on_the_seed_alone(documents):
 
 
 def test_every_document_fits_the_context(documents):
-    tokenizer, block_size = load_tokenizer("toy"), GPTConfig().block_size
+    """With a seventh to spare, since the longest of these thousands is not the longest of fifty thousand."""
+    tokenizer, longest = load_tokenizer("toy"), 0
     for document in documents:
         ids, weights = data.encode_document(tokenizer, {**document, "stopped": True})
-        assert len(ids) == len(weights) <= block_size, document["role"]
+        assert len(ids) == len(weights)
+        longest = max(longest, len(ids))
+    assert longest <= 6 / 7 * GPTConfig().block_size
 
 
 def test_what_is_read_back_is_what_was_written(tmp_path):
