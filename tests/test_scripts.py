@@ -71,19 +71,25 @@ def same(a, b):
 
 
 def interrupted(monkeypatch, main, args, after):
-    """Run main until Ctrl-C comes after so many steps, then resume it."""
+    """Run main until Ctrl-C comes after so many steps, then resume it: steps that are done are not done again."""
+    end_step = trainer.Run.end_step
 
-    def end_step(run, step, make_state):
+    def stop(run, step, make_state):
         if step == after:
             run.save_state({"step": step, **make_state()})
             raise KeyboardInterrupt
 
+    def go_on(run, step, make_state):
+        assert step > after
+        end_step(run, step, make_state)
+
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Run, "end_step", end_step)
+        patch.setattr(trainer.Run, "end_step", stop)
         with pytest.raises(KeyboardInterrupt):
             main(args)
-    torch.manual_seed(987)  # no matter
-    return main(replace(args, resume=True))
+        torch.manual_seed(987)  # no matter
+        patch.setattr(trainer.Run, "end_step", go_on)
+        return main(replace(args, resume=True))
 
 
 # pretrain
@@ -199,6 +205,29 @@ def test_a_cut_or_empty_text_ends_the_chain_and_is_counted():
     rows = [critique.completions(c, 2) for c in chains]
     assert [[r["completion"] for r in some] for some in rows] == [[" r1"], [], [" r3"], [], []]
     assert rows[2][0]["critiques"] == [" c3"] and rows[2][0]["prompt"] == "R"
+
+
+class Parrot(trainer.GPT):
+    """Says " yes.", a blank line, and then the same word for ever."""
+
+    def __init__(self, tokenizer):
+        super().__init__(trainer.GPTConfig(vocab_size=tokenizer.n_vocab, n_layer=1, n_head=1, n_embd=tokenizer.n_vocab))
+        colon, *said = tokenizer.encode(": yes.\n\nthe")
+        self.after = torch.full((tokenizer.n_vocab,), said[-1])
+        self.after[[colon, *said[:-1]]] = torch.tensor(said)
+
+    def hidden(self, idx, cache=None):
+        return F.one_hot(self.after[idx], len(self.after)).float()
+
+    def logits(self, h):
+        return 50 * h
+
+
+def test_a_critique_is_one_paragraph():
+    tokenizer = load_tokenizer("toy")
+    sample = critique.make_sampler(Parrot(tokenizer), tokenizer, torch.device("cpu"), "fp32", 1.0, max_new_tokens=8)
+    assert sample(["Critique:"] * 2, 0, True) == ([" yes."] * 2, [True] * 2)  # it ended there
+    assert sample(["Revision:"], 0, False) == ([" yes.\n\nthethethethethe"], [False])
 
 
 def test_rows_hold_the_history_up_to_their_revision():
