@@ -1,7 +1,7 @@
 """All of RLAIF on the built-in toy world, from random weights to an aligned policy, in one command.
 
     python demo.py                  # about nine minutes on two CPU cores
-    python demo.py --quick          # under 90 seconds, weaker results
+    python demo.py --quick          # about a minute and a half: shows that it runs, not what it can do
 
 Each stage is a script of this repository, called with the settings below; what it writes under --out is what the next one
 reads. A stage that is done is skipped, so a run that was stopped goes on where it was.
@@ -53,7 +53,7 @@ class Size:
     held_out: int = 640
 
 
-QUICK = Size(3500, 96, 96, 300, 150, 3, 200, 200)
+QUICK = Size(3000, 96, 96, 300, 150, 3, 200, 160)
 
 
 def stages(args: Args, size: Size) -> dict:
