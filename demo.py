@@ -53,7 +53,7 @@ class Size:
     held_out: int = 640
 
 
-QUICK = Size(3000, 96, 96, 300, 150, 3, 200, 160)
+QUICK = Size(3500, 96, 96, 300, 150, 3, 200, 200)
 
 
 def stages(args: Args, size: Size) -> dict:
