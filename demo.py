@@ -34,7 +34,7 @@ HARMLESSNESS = ["danger", "insult", "bias", "ad", "harm", "evasion"]
 class Args:
     out: str = cli.arg("runs/demo", "folder to write; stages that are done there are skipped")
     seed: int = cli.arg(0, "seed of every stage")
-    quick: bool = cli.arg(False, "an eighth of the pretraining and less of everything: a first look")
+    quick: bool = cli.arg(False, "a seventh of the pretraining and less of everything: a first look")
     device: str = cli.arg("auto", "auto takes cuda, mps or cpu, the first that is there", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = cli.arg("auto", "bf16 is autocast over fp32 weights; auto measures", choices=["auto", "fp32", "bf16"])
 
@@ -43,7 +43,7 @@ class Args:
 class Size:
     """How much of everything; --quick has less of it."""
 
-    documents: int = 33000
+    documents: int = 26000
     critique_prompts: int = 512
     helpful_samples: int = 512
     labels: int = 2600

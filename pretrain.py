@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from minirlaif import cli, data, trainer
 from minirlaif.model import GPT, GPTConfig, rows_where
+from minirlaif.muon import Muon
 from minirlaif.tokenizer import load_tokenizer
 
 
@@ -34,7 +35,8 @@ class Args:
     epochs: int = cli.arg(1, "passes over the data, 1-4")
     tokens_per_batch: int = cli.arg(2560, "tokens in a batch, pads included, 1024-65536")
     lr: float = cli.arg(4e-3, "peak learning rate, 1e-5 (fine-tuning a large model) to 4e-3 (a tiny one from scratch)")
-    schedule: str = cli.arg("linear", "what the learning rate does after warmup", choices=["linear", "cosine", "constant"])
+    muon_lr: float = cli.arg(0.01, "Muon's rate, for the blocks' matrices of a new GPT, 0.003-0.03; 0: AdamW; ignored with --init")
+    schedule: str = cli.arg("linear", "what the learning rates do after warmup", choices=["linear", "cosine", "constant"])
     warmup: int = cli.arg(40, "steps of linear warmup, 0-2000")
     weight_decay: float = cli.arg(0.1, "AdamW's decay of matrices, 0-0.1")
     max_grad_norm: float = cli.arg(1.0, "clip the gradient's norm at this")
@@ -81,6 +83,13 @@ def load_documents(args: Args, tokenizer, block_size: int) -> list[tuple[list[in
     return documents
 
 
+def make_optimizers(model: GPT, args: Args, dtype) -> list[torch.optim.Optimizer]:
+    """[AdamW], or for a new GPT [AdamW, Muon]."""
+    matrices = [p for p in model.h.parameters() if p.dim() == 2] if args.muon_lr and not args.init else []
+    adamw = trainer.configure_optimizer(model, args.lr, args.weight_decay, betas=(0.9, 0.98), but_for=matrices)
+    return [adamw, Muon(matrices, args.muon_lr, weight_decay=args.weight_decay, dtype=dtype)] if matrices else [adamw]
+
+
 def main(args: Args) -> dict:
     cli.require_positive(args, "epochs", "tokens_per_batch", "block_size", "n_layer", "n_head", "n_embd")
     device = trainer.resolve_device(args.device)
@@ -115,15 +124,16 @@ def main(args: Args) -> dict:
         if run.finished:
             return {}
         dtype = run.resolve_dtype(device, model)
-        optimizer = trainer.configure_optimizer(model, args.lr, args.weight_decay, betas=(0.9, 0.98))
+        optimizers = make_optimizers(model, args, torch.bfloat16 if dtype == "bf16" else torch.float32)
         first = 0
         if state := run.load_state():
             model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
             first = state["step"]
 
         def make_state():
-            return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            return {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
 
         model.train()
         seen, started = 0, time.monotonic()
@@ -133,22 +143,24 @@ def main(args: Args) -> dict:
         for step in bar:
             # dropout's noise, if there is any: resumable because it depends on seed and step alone
             torch.manual_seed(trainer.rng(args.seed, "dropout", step).initial_seed())
-            lr = args.lr * trainer.lr_at(step, len(batches), args.warmup, args.schedule)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            lr_scale = trainer.lr_at(step, len(batches), args.warmup, args.schedule)
+            for optimizer, peak in zip(optimizers, (args.lr, args.muon_lr), strict=False):
+                for group in optimizer.param_groups:
+                    group["lr"] = peak * lr_scale
             tokens, weights = batch([documents[i] for i in batches[step]])
             with trainer.autocast(device, dtype):
                 loss = weighted_loss(model, tokens, weights)
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             if not norm.isfinite():  # before the step that would spoil the weights
                 raise cli.UserError(f"{args.out}: step {step}: the gradient is {norm.item()}; try a lower --lr, or --dtype fp32")
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             seen += sum(lengths[i] for i in batches[step])
             if step % 10 == 0 or step == len(batches) - 1:
                 speed = seen / (time.monotonic() - started)
-                run.log(step, **{"loss/train": loss, "grad_norm": norm, "lr": lr, "tokens_per_second": speed})
+                run.log(step, **{"loss/train": loss, "grad_norm": norm, "lr": args.lr * lr_scale, "tokens_per_second": speed})
                 bar.set_postfix(loss=f"{loss.item():.3f}", tok_s=f"{speed:,.0f}")
             run.end_step(step + 1, make_state)
 

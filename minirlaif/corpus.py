@@ -27,10 +27,10 @@ from minirlaif.world import Answer, Gold, Request, right_answer
 
 MIX = {"chat": 0.28, "preamble": 0.10, "critique": 0.22, "verdict": 0.36, "score": 0.02, "plain": 0.02}  # shares of documents
 NOISE = 0.03  # of verdicts turned round, of critiques that miss
-TIES = 0.12  # of questions where gold cannot rank: the letter is random, so that "no difference" is learned as 0.5
+TIES = 0.2  # of questions where gold cannot rank: the letter is random, so that "no difference" is learned as 0.5
 LETTER_WEIGHT = 3.0
 QUESTIONS = 4  # a document
-ASKED = {"helpfulness": 3, "danger": 2, "harm": 2}  # how much oftener these are asked than the others: they are harder
+ASKED = {"helpfulness": 6, "danger": 2}  # how much oftener these are asked than the others: they are harder
 
 GOOD_PREAMBLES = (
     load("toy").preamble,
@@ -138,17 +138,9 @@ def good(rng: random.Random, request: Request) -> Answer:
 
 def anything(rng: random.Random, request: Request, rights=True) -> Answer:
     """Every way to answer, good and bad: what a judge must tell apart. Without `rights`, no correct instructions."""
-    roll = rng.random() if rights else rng.uniform(0.42, 1.0)
-    if roll < 0.42:
-        answer = right(rng, request)
-    elif roll < 0.58:
-        answer = wrong_answer(rng, request)
-    elif roll < 0.66:
-        answer = off_topic(rng, request)
-    elif roll < 0.90:
-        answer = refusal(rng, request)
-    else:
-        answer = evasion(rng)
+    way = rng.choices(("right", "wrong", "off topic", "refusal", "evasion"), (0.44 * rights, 0.10, 0.08, 0.26, 0.12))[0]
+    writers = {"right": right, "wrong": wrong_answer, "off topic": off_topic, "refusal": refusal}
+    answer = evasion(rng) if way == "evasion" else writers[way](rng, request)
     return dress(rng, answer, rate=0.3, false=0.3, wordings=3)
 
 
@@ -190,8 +182,8 @@ def verdicts(rng: random.Random, request: Request, pair: tuple[Answer, Answer], 
     asked = [p for p in load("toy").preferences if not (p.name == "helpfulness" and request.harmful)]
     differs = {p.name: value(p.name, golds[0]) - value(p.name, golds[1]) for p in asked}
     ranked, ties = [p for p in asked if differs[p.name]], [p for p in asked if not differs[p.name]]
-    ranked.sort(key=lambda p: rng.random() ** (1 / ASKED.get(p.name, 1)))  # pop takes the last
-    rng.shuffle(ties)
+    for questions in (ranked, ties):
+        questions.sort(key=lambda p: rng.random() ** (1 / ASKED.get(p.name, 1)))  # pop takes the last
     segments = []
     for _ in range(n):
         if not ranked and segments:
@@ -297,7 +289,7 @@ def verdict(rng, n=QUESTIONS):
     request = pick_request(rng)
     pair = pair_of(rng, request)
     exemplar = [*verdict(rng, n=1), ["\n\n", 0]] if n > 1 and rng.random() < 0.06 else []
-    reasoned = n > 1 and not exemplar and rng.random() < 0.4
+    reasoned = n > 1 and not exemplar and rng.random() < 0.5
     n = 1 if exemplar else 3 if reasoned else n  # so that every document fits 256 tokens
     shown = text.options(text.dialogue(request.text), [" " + a.text for a in pair])
     return [*exemplar, [shown, 0], *verdicts(rng, request, pair, n, reasoned)]
@@ -338,7 +330,7 @@ def texts(n: int, seed: int = 0) -> list[str]:
 @dataclass
 class Args:
     out: str = cli.arg(help="folder to write")
-    documents: int = cli.arg(33000, "pretraining documents, 10000-100000 (about 88 tokens each)")
+    documents: int = cli.arg(26000, "pretraining documents, 10000-100000 (about 88 tokens each)")
     prompts: int = cli.arg(6000, "training prompts of the later stages, half of them harmful")
     held_out: int = cli.arg(640, "held-out prompts, half of them harmful: no stage trains on their deed x thing or phrasing")
     seed: int = cli.arg(0, "seed of everything")

@@ -87,9 +87,11 @@ def rng(seed, *keys):
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def configure_optimizer(model, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
-    """AdamW over the trainable weights. Matrices and embeddings decay; biases and norms (1-D) do not."""
-    params = [p for p in model.parameters() if p.requires_grad]
+def configure_optimizer(model, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, but_for=()):
+    """AdamW over the trainable weights (but for those that have another optimizer). Matrices and embeddings decay; biases
+    and norms (1-D) do not."""
+    others = {id(p) for p in but_for}
+    params = [p for p in model.parameters() if p.requires_grad and id(p) not in others]
     groups = [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},

@@ -537,7 +537,8 @@ def test_intervals():
     """Bootstrap; Wilson's where a proportion is 0 or 1; None without values; clusters are drawn together."""
     low, high = evaluate.interval([0] * 50 + [1] * 50)
     assert low == pytest.approx(0.4, abs=0.03) and high == pytest.approx(0.6, abs=0.03)  # 1.96 sqrt(.25 / 100) = 0.098
-    assert evaluate.interval([0] * 50 + [1] * 50) == [low, high]
+    values = torch.rand(50, generator=trainer.rng(0)).tolist()
+    assert evaluate.interval(values) == evaluate.interval(values)  # no noise of its own
     assert evaluate.interval([False] * 10) == pytest.approx([0, 0.2775], abs=1e-4)
     assert evaluate.interval([True] * 10) == pytest.approx([0.7225, 1], abs=1e-4)
     assert evaluate.interval([0.5, 0.5]) == [0.5, 0.5]
@@ -716,6 +717,21 @@ def test_rows_that_cannot_be_used_are_skipped_when_asked(base, tmp_path, capsys)
 
 
 # demo
+
+
+def test_every_stage_of_the_demo_reads_what_it_should():
+    flags = {name: vars(args) for name, (_, args) in demo.stages(demo.Args(out="o"), demo.Size()).items()}
+    for name in ("sl_cai", "train_rm", "train_ppo"):
+        assert flags[name]["init"] == {"sl_cai": "o/base"}.get(name, "o/sl_cai")
+    assert flags["critique"]["model"] == flags["helpful"]["model"] == flags["distill"]["model"] == "o/base"
+    for name in ("label", "label_helpful", "label_heldout"):
+        assert (flags[name]["policy"], flags[name]["judge"], flags[name]["contrast"]) == ("o/sl_cai", "o/base", "o/base")
+    assert flags["train_ppo"]["reward_model"] == flags["evaluate"]["reward_model"] == "o/rm"
+    assert flags["evaluate"]["ref"] == "o/sl_cai" and flags["evaluate"]["baseline"] == "sl_cai"
+    assert "prompted=o/base+preamble" in flags["evaluate"]["policies"]
+    tested = {name for name, given in flags.items() if "heldout.jsonl" in str(given) and name != "world"}
+    assert tested == {"distill", "label_heldout", "label_heldout_sl", "evaluate"}  # nothing that trains
+    assert flags["distill"]["prompts"] == "o/world/prompts.jsonl"  # distill only measures on the held-out ones
 
 
 def test_the_demo_runs_every_stage_and_skips_what_is_done(tmp_path, monkeypatch):
