@@ -35,7 +35,7 @@ class Args:
     epochs: int = cli.arg(1, "passes over the data, 1-4")
     tokens_per_batch: int = cli.arg(2560, "tokens in a batch, pads included, 1024-65536")
     lr: float = cli.arg(4e-3, "peak learning rate, 1e-5 (fine-tuning a large model) to 4e-3 (a tiny one from scratch)")
-    muon_lr: float = cli.arg(0.01, "Muon's rate, for the blocks' matrices of a new GPT, 0.003-0.03; 0: AdamW; ignored with --init")
+    muon_lr: float = cli.arg(0.01, "Muon's rate (blocks' matrices of a new GPT), 0.003-0.03; 0: AdamW; ignored with --init")
     schedule: str = cli.arg("linear", "what the learning rates do after warmup", choices=["linear", "cosine", "constant"])
     warmup: int = cli.arg(40, "steps of linear warmup, 0-2000")
     weight_decay: float = cli.arg(0.1, "AdamW's decay of matrices, 0-0.1")
