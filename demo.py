@@ -1,6 +1,6 @@
 """All of RLAIF on the built-in toy world, from random weights to an aligned policy, in one command.
 
-    python demo.py                  # about nine minutes on two CPU cores
+    python demo.py                  # about eight and a half minutes on two CPU cores
     python demo.py --quick          # about a minute and a half: shows that it runs, not what it can do
 
 Each stage is a script of this repository, called with the settings below; what it writes under --out is what the next one
