@@ -124,11 +124,19 @@ def stages(args: Args, size: Size) -> dict:
 
 def main(args: Args) -> dict:
     out = Path(args.out)
+    if not args.out.strip() or out.is_file():
+        raise cli.UserError(f"--out {args.out}: must name a folder")
     out.mkdir(parents=True, exist_ok=True)
     file, settings = out / "demo.json", {"seed": args.seed, "quick": args.quick}
-    state = json.loads(file.read_text()) if file.exists() else {**settings, "done": [], "seconds": {}, "peak_memory_mb": 0}
-    if {key: state[key] for key in settings} != settings:
-        raise cli.UserError(f"{args.out}: holds a demo with seed {state['seed']}, quick {state['quick']}; give another --out")
+    state = {**settings, "done": [], "seconds": {}, "peak_memory_mb": 0}
+    if file.exists():
+        try:
+            state |= json.loads(file.read_text())
+        except (ValueError, TypeError):
+            raise cli.UserError(f"{file}: damaged; give another --out") from None
+    if {key: state[key] for key in settings} != settings or args.dtype not in ("auto", state.get("dtype", args.dtype)):
+        held = f"seed {state['seed']}, quick {state['quick']}, dtype {state.get('dtype', 'not settled')}"
+        raise cli.UserError(f"{args.out}: holds a demo with {held}; give another --out")
     if "dtype" not in state:  # once for all stages: a second measurement may come out differently
         state["dtype"] = trainer.resolve_dtype(args.dtype, trainer.resolve_device(args.device), GPT(GPTConfig()))
     plan = stages(replace(args, dtype=state["dtype"]), QUICK if args.quick else Size())

@@ -57,13 +57,16 @@ def response_logprobs(model: GPT, contexts: list[list[int]], responses: list[lis
 
 
 def main(args: Args) -> dict:
-    cli.require_positive(args, "epochs", "batch_size", "max_new_tokens", "limit")
+    cli.require_positive(args, "epochs", "batch_size", "max_new_tokens", "limit", "max_grad_norm")
+    cli.require_not_negative(args, "warmup", "weight_decay", "lr")
     device = trainer.resolve_device(args.device)
     tokenizer = trainer.tokenizer_of(args.model)
     teacher, student = trainer.load_gpt(args.model, device), trainer.load_gpt(args.model, device)
     preamble = constitution.load(args.constitution).preamble if args.preamble is None else args.preamble
-    if not preamble:
-        raise cli.UserError(f"{args.constitution}: has no preamble; give one with --preamble")
+    if not preamble.strip():
+        none = f"{args.constitution}: has no preamble; give one with --preamble"
+        raise cli.UserError(none if args.preamble is None else "--preamble: is empty")
+    data.check_room(args.max_new_tokens, teacher.config.block_size)
 
     def encode(row):
         """(what the teacher sees, what the student sees)"""

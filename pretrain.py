@@ -1,7 +1,7 @@
 """Next-token training: a GPT from scratch, or fine-tuning (--init) on prompt/completion data.
 
-    python -m minirlaif.corpus --out runs/my/documents.jsonl                     # the toy world's pretraining text
-    python pretrain.py --data runs/my/documents.jsonl --out runs/my/base
+    python -m minirlaif.corpus --out runs/my/world                     # the toy world's pretraining text
+    python pretrain.py --data runs/my/world/documents.jsonl --out runs/my/base
     python pretrain.py --init runs/my/base --data completions.jsonl --out runs/my/sft --lr 3e-4
 
 Reads documents.jsonl (segments with loss weights), completions.jsonl, {"text": ...} rows, HH-RLHF files or a .txt file.
@@ -23,7 +23,7 @@ from minirlaif.tokenizer import load_tokenizer
 
 @dataclass
 class Args:
-    data: list[str] = cli.arg(help="training files (see above); several are read as one")
+    data: list[str] = cli.arg(help="documents.jsonl, completions.jsonl, rows with text, HH-RLHF or .txt files; several are one")
     out: str = cli.arg(help="run folder to write")
     init: str | None = cli.arg(None, "model or run folder to fine-tune; without it, a new GPT of the shape below")
     tokenizer: str = cli.arg("toy", "toy, gpt2, gpt2:FOLDER or a .tiktoken file; ignored with --init")
@@ -91,7 +91,9 @@ def make_optimizers(model: GPT, args: Args, dtype) -> list[torch.optim.Optimizer
 
 
 def main(args: Args) -> dict:
-    cli.require_positive(args, "epochs", "tokens_per_batch", "block_size", "n_layer", "n_head", "n_embd")
+    cli.require_positive(args, "epochs", "tokens_per_batch", "block_size", "n_layer", "n_head", "n_embd", "max_grad_norm")
+    cli.require_not_negative(args, "lr", "muon_lr", "warmup", "weight_decay")
+    cli.require_share(args, "eval_fraction", "dropout")
     device = trainer.resolve_device(args.device)
     if args.init:
         tokenizer, model = trainer.tokenizer_of(args.init), trainer.load_gpt(args.init, device)
@@ -170,6 +172,7 @@ def main(args: Args) -> dict:
             run.log(len(batches), **{"loss/val": val})
         trainer.save_model(args.out, model.config, model.state_dict(), "gpt", tokenizer.name)
         run.finish()
+    print(f"{args.out}: {len(batches)} steps" + ("" if val is None else f", {val:.3f} nats a token on held-out documents"))
     return {"val_loss": val, "tokens": seen, "steps": len(batches)}
 
 

@@ -10,6 +10,7 @@ Huang et al. 2023, 2024 (the details). Left out: pretraining gradients (PPO-ptx)
 of these papers), vf_coef (the value model has its own optimizer: --value-lr), reward whitening, an entropy bonus.
 """
 
+import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -150,11 +151,15 @@ def ppo_step(models: Models, samples: Samples, args: Args, kl_coef, step, precis
 
 def main(args: Args):
     numbers = ("steps", "batch_size", "minibatch_size", "ppo_epochs", "max_new_tokens", "temperature", "kl_target")
-    cli.require_positive(args, *numbers)
+    cli.require_positive(args, *numbers, "kl_horizon", "cliprange", "cliprange_value")
+    cli.require_not_negative(args, "kl_coef", "lr", "value_lr")
+    if not 0 <= args.lam <= 1:
+        raise UserError(f"--lam {args.lam}: must be in 0-1")
+    if args.missing_eos_penalty is not None and math.isnan(args.missing_eos_penalty):
+        raise UserError("--missing-eos-penalty nan: must be a number, or inf for none")
     device = trainer.resolve_device(args.device)
     with trainer.Run(args.out, args, args.resume) as run:
         if run.finished:
-            print(f"{args.out}: finished already")
             return None
         tokenizer = trainer.tokenizer_of(args.init, args.reward_model, *([args.ref] if args.ref else []))
         models = load_models(args, device)
@@ -223,6 +228,7 @@ def load_models(args, device):
 def load_prompts(args, tokenizer, models):
     """Lists of ids, each short enough to leave room for a response in every model's context."""
     room = min(m.config.block_size for m in (models.policy, models.ref_policy, models.reward_model.gpt))
+    data.check_room(args.max_new_tokens, room)
 
     def encode(row):
         ids = tokenizer.encode(row["prompt"])

@@ -67,11 +67,12 @@ class Group:
 
 
 def main(args: Args):
-    cli.require_positive(args, "epochs", "batch_size")
+    cli.require_positive(args, "epochs", "batch_size", "max_grad_norm")
+    cli.require_not_negative(args, "weight_decay", "lr")
+    cli.require_share(args, "eval_fraction")
     device = trainer.resolve_device(args.device)
     with trainer.Run(args.out, args, args.resume) as run:
         if run.finished:
-            print(f"{args.out}: finished already")
             return None
         tokenizer = trainer.tokenizer_of(args.init)
         gpt = trainer.load_gpt(args.init, device)
@@ -85,6 +86,7 @@ def main(args: Args):
         train, held_out = read(args.data), read(args.eval_data)
         if not args.eval_data:
             train, held_out = split(train, args.eval_fraction, args.seed)
+        reference = reference_samples(args, train, tokenizer, gpt.config)  # now: a wrong path should not cost a training
         steps_per_epoch = math.ceil(len(train) / args.batch_size)
         total = args.epochs * steps_per_epoch
         state, start = run.load_state(), 0
@@ -126,11 +128,13 @@ def main(args: Args):
             run.end_step(step + 1, make_state)
 
         metrics = evaluate(model, held_out, tokenizer.eot, precision) | length_heuristics(held_out)
-        metrics |= normalise(model, args, train, tokenizer, precision)
+        metrics |= normalise(model, reference, args.normalise_on or "--data", tokenizer.eot, precision)
         run.log(total, **metrics)
         trainer.save_model(run.folder, gpt.config, model.state_dict(), "reward", tokenizer.name)
         run.finish()
-    if held_out:
+    if not metrics.get("eval/pairs"):
+        print(f"{args.out}: trained; no decided pair was held out, so its accuracy was not measured")
+    else:
         low, high = metrics["eval/accuracy_low"], metrics["eval/accuracy_high"]
         print(f"{args.out}: held-out accuracy {metrics['eval/accuracy']:.3f} (95% interval {low:.3f} to {high:.3f}, "
               f"{metrics['eval/pairs']} pairs), loss {metrics['eval/loss']:.3f}; ln 2 is chance. The longer response is the "
@@ -235,25 +239,28 @@ def length_heuristics(groups):
     return {"eval/longer_is_better": sum(d > 0 for d in sides) / n, "eval/shorter_is_better": sum(d < 0 for d in sides) / n}
 
 
-def normalise(model, args, train, tokenizer, precision):
-    """Scores of the reference samples to mean 0, std 1, through the model's gain and bias; their raw mean and std."""
-    config, path = model.gpt.config, args.normalise_on
+def reference_samples(args, train, tokenizer, config):
+    """Ids of the samples on which scores shall have mean 0 and std 1: those of --normalise-on, or all of the training data."""
+    path = args.normalise_on
     if path is None:
-        samples = [ids for group in train for ids in group.ids]
-    elif "completion" in data.read_jsonl(path, on_bad_row=args.on_bad_row)[0]:
-        samples = data.convert(
+        return [ids for group in train for ids in group.ids]
+    if "completion" in data.read_jsonl(path, on_bad_row=args.on_bad_row)[0]:
+        return data.convert(
             data.read_completions(path, args.on_bad_row),
             lambda row: encode_checked(tokenizer, row["prompt"], row["completion"], row["stopped"], config),
             args.on_bad_row,
         )
-    else:
-        samples = [ids for group in load_groups(path, tokenizer, config, args.on_bad_row) for ids in group.ids]
+    return [ids for group in load_groups(path, tokenizer, config, args.on_bad_row) for ids in group.ids]
+
+
+def normalise(model, samples, where, eot, precision):
+    """Scores of the reference samples (ids) to mean 0, std 1, through the model's gain and bias; their raw mean and std."""
     alone = [Group(prompt="", ids=[ids]) for ids in samples]
-    scores = torch.cat([scores.flatten() for scores, _ in score_all(model, alone, tokenizer.eot, precision)])
+    scores = torch.cat([scores.flatten() for scores, _ in score_all(model, alone, eot, precision)])
     try:
         model.normalise(scores)
     except ValueError as e:
-        raise UserError(f"{path or '--data'}: {e}") from None
+        raise UserError(f"{where}: {e}") from None
     return {"reference/mean": scores.mean().item(), "reference/std": scores.std().item(), "reference/samples": len(scores)}
 
 

@@ -7,6 +7,7 @@ calls `main(Args(out=...))` directly. There is no registry, config file or inher
 import argparse
 import dataclasses
 import errno
+import math
 import sys
 import types
 import typing
@@ -50,7 +51,7 @@ def parse(Args, argv=None):
             assert default is False, f"{field.name}: a flag without a value can only switch something on"
             options["action"] = "store_true"
         else:
-            options |= {"type": kind, "choices": field.metadata.get("choices"), "nargs": "*" if several else None}
+            options |= {"type": kind, "choices": field.metadata.get("choices"), "nargs": "+" if several else None}
             if not options["choices"]:
                 options["metavar"] = kind.__name__.upper()
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
@@ -72,10 +73,25 @@ def _value_type(hint):
 
 
 def require_positive(args, *names):
-    """UserError for a number of `args` that must be above 0 and is not."""
+    """UserError for a number of `args` that must be above 0 and is not (infinity and NaN are not). None: not given."""
+    _require(args, names, "above 0", lambda x: 0 < x < math.inf)
+
+
+def require_not_negative(args, *names):
+    """The same for numbers that may be 0."""
+    _require(args, names, "0 or more", lambda x: 0 <= x < math.inf)
+
+
+def require_share(args, *names):
+    """The same for numbers that must lie in [0, 1)."""
+    _require(args, names, "at least 0 and below 1", lambda x: 0 <= x < 1)
+
+
+def _require(args, names, what, holds):
     for name in names:
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
+        value = getattr(args, name)
+        if value is not None and not holds(value):
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be {what}")
 
 
 def run(main, Args, argv=None):

@@ -338,6 +338,7 @@ class Args:
 
 def main(args: Args):
     """documents.jsonl; prompts.jsonl and its harmless half, helpful.jsonl; heldout.jsonl."""
+    cli.require_positive(args, "documents", "prompts", "held_out")
     rng = random.Random(f"prompts {args.seed}")
 
     def prompt(request):
@@ -352,6 +353,7 @@ def main(args: Args):
     data.write_jsonl(out / "helpful.jsonl", [p for p in prompts if p["set"] == "helpful"])
     data.write_jsonl(out / "heldout.jsonl", held_out)
     data.write_jsonl(out / "documents.jsonl", documents(args.documents, args.seed))
+    print(f"{args.out}: {args.documents} documents, {len(prompts)} prompts, {len(held_out)} held-out prompts")
 
 
 if __name__ == "__main__":

@@ -91,7 +91,9 @@ def _read_bytes(path):
     try:
         with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as f:
             return f.read()
-    except (gzip.BadGzipFile, EOFError, zlib.error):
+    except gzip.BadGzipFile:
+        raise UserError(f"{path}: not a gzip file, whatever its name says") from None
+    except (EOFError, zlib.error):
         raise UserError(f"{path}: not a complete gzip file") from None
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}") from None
@@ -201,12 +203,16 @@ def read_documents(path, on_bad_row="error"):
             for s in row["segments"]:
                 if not (isinstance(s, list) and len(s) == 2 and isinstance(s[0], str) and type(s[1]) in (int, float)):
                     raise BadRow("a segment should be [text, weight]")
+                if not 0 <= s[1] <= 1e6:  # NaN and infinity are neither
+                    raise BadRow("the weight of a segment should be 0 or more", f", not {s[1]:.3g}")
         elif "completion" in row:
             _require(row, "prompt", str)
             _require(row, "completion", str)
             row["segments"] = [[row["prompt"], 0.0], [row["completion"], 1.0]]
         else:
             key = "chosen" if _is_dialogue_pair(row) else "text"
+            if key not in row:
+                raise BadRow("no text to train on", ": a row needs 'text', or 'segments', or 'prompt' and 'completion'")
             _require(row, key, str)
             row["segments"] = [[row[key], 1.0]]
         if not any(text for text, _ in row["segments"]):
@@ -269,6 +275,12 @@ def check_length(prompt_len, response_len, block_size):
             "longer than the model's context",
             f": {prompt_len} prompt + {response_len} response tokens, block_size {block_size}",
         )
+
+
+def check_room(max_new_tokens, block_size):
+    """UserError when not even the shortest prompt would leave room for the response."""
+    if max_new_tokens >= block_size:
+        raise UserError(f"--max-new-tokens {max_new_tokens}: the model's context holds {block_size} tokens, prompt and all")
 
 
 def pad(sequences, pad_id, multiple=1, limit=None):

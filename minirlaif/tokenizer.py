@@ -168,6 +168,9 @@ def main(args):
     """Train an encoding on the toy world's pretraining text."""
     from minirlaif.corpus import texts  # here, since the corpus is not needed to read an encoding
 
+    cli.require_positive(args, "texts")
+    if args.vocab_size <= 257:
+        raise UserError(f"--vocab-size {args.vocab_size}: 256 bytes and end-of-text alone take 257")
     ranks = train_bpe(texts(args.texts, args.seed), args.vocab_size)
     write_ranks(args.out, ranks)
     print(f"{args.out}: {len(ranks) + 1} tokens")

@@ -129,6 +129,8 @@ class Run:
 
     def __init__(self, out, args, resume=False, save_every_s=60.0):
         """args: the script's dataclass. UserError: the folder holds a run (and not resume), or one with other flags."""
+        if not str(out).strip() or Path(out).is_file():
+            raise UserError(f"--out {out}: must name a folder" + (", and this is a file" if str(out).strip() else ""))
         self.folder, self.save_every_s = Path(out), save_every_s
         self.state_file, self.previous_file = self.folder / "state.pt", self.folder / "state.prev.pt"
         self.metrics_file = self.folder / "metrics.jsonl"
@@ -141,7 +143,11 @@ class Run:
         self.info = {"args": asked, "inputs": _hashes(asked), "threads": torch.get_num_threads(), "torch": torch.__version__}
         if begun or self.finished:
             _check_same_flags(out, stored.get("args", {}), asked)
-            if not self.finished:
+            if self.finished:
+                if gone := [name for name in stored.get("files", []) if not (self.folder / name).exists()]:
+                    raise UserError(f"{out}: finished, but {gone[0]} is gone; give another --out to make it again")
+                print(f"{out}: finished already, nothing to do")
+            else:
                 _check_same_inputs(out, stored.get("inputs", {}))
             self.info |= stored
             torch.set_num_threads(self.info["threads"])
@@ -216,6 +222,7 @@ class Run:
     def finish(self):
         """Mark the run as finished; --resume then has nothing to do. Removes nothing."""
         self.info["finished"] = self.finished = True
+        self.info["files"] = sorted(f.name for f in self.folder.iterdir() if not f.name.startswith("state"))
         self._write_info()
         self._stop_if_interrupted()
         self.close()
@@ -343,7 +350,10 @@ def tokenizer_of(*paths):
             raise UserError(f"{path}: its tokenizer {content['tokenizer']} is not {first['tokenizer']}, that of {paths[0]}")
     if first["tokenizer"] is None:
         raise UserError(f"{paths[0]}: the model file names no tokenizer")
-    tokenizer = load_tokenizer(first["tokenizer"])
+    try:
+        tokenizer = load_tokenizer(first["tokenizer"])
+    except UserError as e:
+        raise UserError(f"{paths[0]}: this model's tokenizer: {e}") from None
     if tokenizer.hash != first["tokenizer_hash"] or tokenizer.n_vocab != first["config"]["vocab_size"]:
         raise UserError(f"{paths[0]}: the vocabulary {tokenizer.name} is not the one that this model was trained with")
     return tokenizer

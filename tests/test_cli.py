@@ -90,5 +90,13 @@ def test_numbers_that_must_be_positive_are_named():
     from types import SimpleNamespace
 
     cli.require_positive(SimpleNamespace(batch_size=1, limit=None), "batch_size", "limit")  # None: not given
-    with pytest.raises(cli.UserError, match="--batch-size 0: must be above 0"):
-        cli.require_positive(SimpleNamespace(batch_size=0), "batch_size")
+    for check, good, bad in (
+        (cli.require_positive, (1, 1e-9), (0, -1, float("nan"), float("inf"))),
+        (cli.require_not_negative, (0, 2), (-1e-9, float("nan"), float("inf"))),
+        (cli.require_share, (0, 0.99), (-0.1, 1, float("nan"))),
+    ):
+        for value in good:
+            check(SimpleNamespace(batch_size=value), "batch_size")
+        for value in bad:
+            with pytest.raises(cli.UserError, match=f"--batch-size {value}: must be"):
+                check(SimpleNamespace(batch_size=value), "batch_size")

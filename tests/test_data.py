@@ -133,7 +133,9 @@ def test_bad_candidates(tmp_path, bad, message):
     ({"text": ""}, "empty text"),
     ({"segments": [["a"]]}, "a segment should be"),
     ({"segments": []}, "empty text"),
-    ({"story": "a"}, "no key 'text'"),
+    ({"story": "a"}, "no text to train on: a row needs 'text'"),
+    ({"segments": [["a", float("nan")]]}, "the weight of a segment should be 0 or more"),
+    ({"segments": [["a", -1]]}, "the weight of a segment should be 0 or more"),
     ({"text": "a", "stopped": 1}, "'stopped' should be true or false"),
 ])
 def test_bad_documents(tmp_path, bad, message):
@@ -164,9 +166,9 @@ def test_a_folder_and_a_broken_gzip(tmp_path):
     with pytest.raises(UserError, match="directory"):
         data.read_prompts(tmp_path)
     whole = gzip.compress(json.dumps(GOOD).encode() * 50)
-    for content in (whole[: len(whole) // 2], b"plain text"):
+    for content, message in ((whole[: len(whole) // 2], "not a complete gzip file"), (b"plain text", "not a gzip file")):
         (tmp_path / "a.jsonl.gz").write_bytes(content)
-        with pytest.raises(UserError, match="a.jsonl.gz: not a complete gzip file"):
+        with pytest.raises(UserError, match=f"a.jsonl.gz: {message}"):
             data.read_prompts(tmp_path / "a.jsonl.gz")
 
 

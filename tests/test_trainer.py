@@ -155,13 +155,24 @@ def test_ctrl_c_during_the_last_work_stops_the_pipeline_too(tmp_path):
     assert trainer.Run(tmp_path / "a", Args("a"), resume=True).finished
 
 
-def test_a_finished_run_has_nothing_to_resume(tmp_path):
+def test_a_finished_run_has_nothing_to_resume(tmp_path, capsys):
     def never(run, step):
         raise AssertionError
 
     args = Args(str(tmp_path / "a"), steps=2)
     weights = train(args)
     assert same(train(replace(args, resume=True), never), weights)
+    assert "a: finished already" in capsys.readouterr().out
+    (tmp_path / "a" / "model.pt").unlink()
+    with pytest.raises(UserError, match="a: finished, but model.pt is gone"):
+        trainer.Run(args.out, args, resume=True)
+
+
+def test_out_must_be_a_folder(tmp_path):
+    (tmp_path / "file").write_text("a")
+    for out, message in (("", "--out : must name a folder"), (str(tmp_path / "file"), "must name a folder, and this is a file")):
+        with pytest.raises(UserError, match=message):
+            trainer.Run(out, Args(out))
 
 
 def test_a_run_is_not_overwritten_by_mistake(tmp_path):
