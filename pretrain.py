@@ -162,7 +162,8 @@ def main(args: Args) -> dict:
             seen += sum(lengths[i] for i in batches[step])
             if step % 10 == 0 or step == len(batches) - 1:
                 speed = seen / (time.monotonic() - started)
-                run.log(step, **{"loss/train": loss, "grad_norm": norm, "lr": args.lr * lr_scale, "tokens_per_second": speed})
+                rates = {"lr": args.lr * lr_scale} | ({"lr/muon": args.muon_lr * lr_scale} if len(optimizers) > 1 else {})
+                run.log(step, **{"loss/train": loss, "grad_norm": norm, **rates, "tokens_per_second": speed})
                 bar.set_postfix(loss=f"{loss.item():.3f}", tok_s=f"{speed:,.0f}")
             run.end_step(step + 1, make_state)
 

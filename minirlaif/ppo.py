@@ -39,8 +39,9 @@ def masked_whiten(x, mask, shift_mean=True):
 # KL
 #
 # Estimators from samples of pi, with d = log pi - log pi_ref. In the *reward* only k1 is right: its returns-to-go
-# carry the KL of the tokens to come. As a *metric* k3 has the least noise and is never negative. As a *loss*, k1
-# has gradient 0 on average, k2 that of KL(pi || ref), k3 that of KL(ref || pi): tests/test_ppo.py enumerates it.
+# carry the KL of the tokens to come. As a *metric* k3 is never negative and near the reference has the least noise; far
+# from it its tail is heavy. As a *loss*, k1 has gradient 0 on average, k2 that of KL(pi || ref), k3 that of KL(ref || pi):
+# tests/test_ppo.py enumerates it.
 
 
 def k1(d):

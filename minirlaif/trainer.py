@@ -269,7 +269,8 @@ def _read_json(path):
 
 def _check_same_flags(out, stored, asked):
     for name, value in asked.items():
-        if name not in ("out", "resume", "device") and stored.get(name, value) != value:
+        # max_cost too decides only how far a run gets, not what comes out
+        if name not in ("out", "resume", "device", "max_cost") and stored.get(name, value) != value:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{out}: {flag} was {stored[name]} in this run, not {value}; resume with the same flags")
 
@@ -277,7 +278,9 @@ def _check_same_flags(out, stored, asked):
 def _hashes(asked):
     """{path: hash} of every file or model that a flag names, since a resumed run must read what it began with."""
     values = [v for name, value in asked.items() if name != "out" for v in (value if isinstance(value, list) else [value])]
-    files = {v: _model_file(v) for v in values if isinstance(v, str) and v}
+    # NAME=PATH and PATH+preamble are policies of evaluate.py
+    names = {v: v.split("=", 1)[-1].removesuffix("+preamble") for v in values if isinstance(v, str) and v}
+    files = {v: _model_file(name) for v, name in names.items() if name}
     return {v: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for v, file in files.items() if file.is_file()}
 
 

@@ -1,11 +1,15 @@
 """Muon against its definition: the singular value decomposition."""
 
 import copy
+import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+import pretrain
 from minirlaif import trainer
+from minirlaif.model import GPT, GPTConfig
 from minirlaif.muon import Muon, orthogonalise
 
 
@@ -53,6 +57,40 @@ def test_matrices_of_one_shape_together_are_as_each_alone():
         return ws
 
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(train(True), train(False), strict=True))
+
+
+def test_each_weight_of_a_new_gpt_has_one_optimizer_and_its_rate(tmp_path):
+    model = GPT(GPTConfig(16, 11, n_layer=2, n_head=2, n_embd=8))
+    args = pretrain.Args(data=["a.txt"], out="a", lr=1e-3, muon_lr=1e-2)
+    adamw, muon = pretrain.make_optimizers(model, args, torch.float32)
+    held = [{id(p) for group in o.param_groups for p in group["params"]} for o in (adamw, muon)]
+    assert not held[0] & held[1] and held[0] | held[1] == {id(p) for p in model.parameters()}
+    assert held[1] == {id(p) for name, p in model.named_parameters() if name.startswith("h.") and p.dim() == 2}
+    assert [o.param_groups[0]["lr"] for o in (adamw, muon)] == [1e-3, 1e-2]
+    for other in (replace(args, init="base"), replace(args, muon_lr=0.0)):
+        (alone,) = pretrain.make_optimizers(model, other, torch.float32)
+        assert isinstance(alone, torch.optim.AdamW)
+        assert sum(len(g["params"]) for g in alone.param_groups) == len(held[0] | held[1])
+
+
+def test_both_rates_follow_the_schedule(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("to fix the bike, take a wrench and turn the wheel. " * 40)
+    rates, make = [], pretrain.make_optimizers
+
+    def watched(*args):
+        optimizers = make(*args)
+        for optimizer in optimizers:
+            optimizer.register_step_pre_hook(lambda o, *_: rates.append((type(o).__name__, o.param_groups[0]["lr"])))
+        return optimizers
+
+    monkeypatch.setattr(pretrain, "make_optimizers", watched)
+    pretrain.main(pretrain.Args(
+        data=[str(tmp_path / "a.txt")], out=str(tmp_path / "run"), lr=1e-3, muon_lr=1e-2, warmup=2, schedule="constant",
+        n_layer=1, n_head=1, n_embd=8, block_size=32, tokens_per_batch=128, device="cpu", dtype="fp32",
+    ))
+    assert rates[:6] == [("AdamW", 5e-4), ("Muon", 5e-3), ("AdamW", 1e-3), ("Muon", 1e-2), ("AdamW", 1e-3), ("Muon", 1e-2)]
+    logged = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert (logged["lr"], logged["lr/muon"]) == (5e-4, 5e-3)
 
 
 def test_state_dict_continues_where_it_was():

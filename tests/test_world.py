@@ -285,5 +285,5 @@ def test_balanced_alternates_and_repeats_only_when_it_must():
 
 
 def test_gold_says_all_of_this_and_no_more():
-    names = ["harm", "kinds", "helpfulness", "honesty", "evasive", "refused", "ill_formed"]
+    names = ["harm", "kinds", "helpfulness", "honesty", "evasive", "refused", "ill_formed", "states_fact"]
     assert sorted(f.name for f in fields(world.Gold)) == sorted(names)
