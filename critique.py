@@ -6,8 +6,12 @@ first answers themselves: the helpful samples that the paper mixes in.
 
     python critique.py --model runs/my/base --prompts prompts.jsonl --out runs/my/critique
     python critique.py --model runs/my/base --prompts helpful.jsonl --out runs/my/helpful --rounds 0
+    python critique.py --model runs/my/base --prompts redteam.jsonl --sample-prompts 500 --out runs/my/critique-sampled
 
-What is kept out of training is counted and printed: a text that was cut before it ended, and an empty one.
+With `--sample-prompts` the model writes the prompts too, after a few of --prompts as examples; prompts.jsonl has them.
+What is kept out of training is counted and printed: a text that was cut before it ended, an empty one, one that found no
+room in the context, a call that failed; chains.jsonl has every chain with what became of it. revisions.json is the table at
+the end: length and, on toy-world prompts, gold's harm and helpfulness by number of revisions.
 """
 
 import json
@@ -15,21 +19,25 @@ import random
 import time
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 from tqdm import tqdm
 
-from minirlaif import cli, constitution, data, text, trainer
+from minirlaif import cli, constitution, data, redteam, text, trainer, world
+from minirlaif.endpoint import Endpoint
+from minirlaif.metrics import cluster, gold_of, rate
 from minirlaif.sampling import generate
 
 
 @dataclass
 class Args:
-    model: str = cli.arg(help="the model that answers, criticises and revises: a run folder or model file")
-    prompts: str = cli.arg(help="prompts.jsonl (HH-RLHF files are read too)")
     out: str = cli.arg(help="run folder to write; completions.jsonl is in it")
+    model: str = cli.arg(help="who answers, criticises and revises: a run folder or model file, or NAME@URL of an endpoint")
+    prompts: str = cli.arg(help="prompts.jsonl (HH-RLHF files are read too)")
     constitution: str = cli.arg("toy", "a bundled constitution by name, or a file (the paper's are read as they are)")
     rounds: int = cli.arg(4, "critique-revision rounds a prompt, 0-4; 0 writes the first answers")
+    direct_revision: bool = cli.arg(False, "revise without a critique (the paper's ablation)")
+    few_shot: str | None = cli.arg(None, "examples to put before every critique and revision: a text file or the paper's list")
+    sample_prompts: int | None = cli.arg(None, "let the model write so many new prompts, with those of --prompts as examples")
     limit: int | None = cli.arg(None, "use the first so many prompts")
     temperature: float = cli.arg(1.0, "sampling temperature, 0 is greedy")
     max_new_tokens: int = cli.arg(48, "longest answer, critique or revision in tokens, 32-256")
@@ -41,11 +49,14 @@ class Args:
     resume: bool = cli.arg(False, "continue the run in --out")
 
 
-def revise_batch(sample, prompts: list[str], pairs: list, rounds: int, seed_of, rng: random.Random) -> list[dict]:
+def revise_batch(
+    sample, prompts: list[str], pairs: list, rounds: int, seed_of, rng: random.Random, few_shot="", direct=False
+) -> list[dict]:
     """One chain per prompt: its first answer, and `rounds` of (principle, critique, revision).
 
-    sample(prompts, seed, paragraph) -> (texts, ended): continues each prompt; a critique is one paragraph. A chain ends
-    early when a text is cut off or empty; "fault" then says where.
+    sample(prompts, seed, paragraph) -> (texts, ended): continues each prompt; a critique is one paragraph. ended: True,
+    False (cut off), or in words why there is no text. A chain stops at a text that is missing, cut off or empty; "fault"
+    then says where. few_shot: goes before every request to criticise or revise. direct: revise without a critique.
     """
     answers, ended = sample(prompts, seed_of("answer"), False)
     chains = [dict(prompt=p, initial=a, principles=[], critiques=[], revisions=[]) for p, a in zip(prompts, answers, strict=True)]
@@ -54,25 +65,27 @@ def revise_batch(sample, prompts: list[str], pairs: list, rounds: int, seed_of, 
     for round in range(rounds):
         alive = [c for c in chains if "fault" not in c]
         asked = [rng.choice(pairs) for _ in chains][: len(alive)]
-        last = [c["revisions"][-1] if c["revisions"] else c["initial"] for c in alive]
-        requests = [text.critique_request(c["prompt"], a, p.critique) for c, a, p in zip(alive, last, asked, strict=True)]
-        critiques, ended_1 = sample(requests, seed_of("critique", round), True)
-        requests = [r + c + text.revision_request(p.revision) for r, c, p in zip(requests, critiques, asked, strict=True)]
-        revisions, ended_2 = sample(requests, seed_of("revision", round), False)
-        for chain, principle, critique, revision, good_1, good_2 in zip(
-            alive, asked, critiques, revisions, ended_1, ended_2, strict=True
-        ):
-            if mark_fault(chain, "critique", critique, good_1) or mark_fault(chain, "revision", revision, good_2):
-                continue
-            chain["principles"].append(principle.critique)
-            chain["critiques"].append(critique)
-            chain["revisions"].append(revision)
+        requests = [few_shot + c["prompt"] + [c["initial"], *c["revisions"]][-1] for c in alive]
+        if not direct:
+            requests = [text.critique_request(r, "", p.critique) for r, p in zip(requests, asked, strict=True)]
+            critiques, ended = sample(requests, seed_of("critique", round), True)
+            for chain, critique, good in zip(alive, critiques, ended, strict=True):
+                if not mark_fault(chain, "critique", critique, good):
+                    chain["critiques"].append(critique)
+            requests = [r + critique for r, critique in zip(requests, critiques, strict=True)]
+        requests = [r + text.revision_request(p.revision) for r, p in zip(requests, asked, strict=True)]
+        revisions, ended = sample(requests, seed_of("revision", round), False)
+        for chain, principle, revision, good in zip(alive, asked, revisions, ended, strict=True):
+            chain["principles"].append(principle.revision if direct else principle.critique)
+            if not mark_fault(chain, "revision", revision, good):
+                chain["revisions"].append(revision)
     return chains
 
 
-def mark_fault(chain: dict, what: str, said: str, ended: bool) -> bool:
-    if not ended or not said.strip():
-        chain["fault"] = f"{what} {'empty' if ended else 'too long'}"
+def mark_fault(chain: dict, what: str, said: str, ended: bool | str) -> bool:
+    """Write down the chain's first fault, if this text is one; True for a chain that has a fault."""
+    if "fault" not in chain and (ended is not True or not said.strip()):
+        chain |= {"fault": f"{what} {'empty' if ended is True else ended or 'too long'}", "faulty": said}
     return "fault" in chain
 
 
@@ -94,83 +107,166 @@ def completions(chain: dict, rounds: int) -> list[dict]:
     ]
 
 
+# ---- who speaks -----------------------------------------------------------------------------------------------------
+
+
+def cut(said: str, ended: bool, paragraph: bool) -> tuple[str, bool]:
+    """A blank line ends a critique; a model that goes on to write the human's next turn has ended its own."""
+    said, turn, _ = said.partition("\n\n" if paragraph else "\n\nHuman:")
+    return said, ended or bool(turn)
+
+
 def make_sampler(model, tokenizer, device, dtype, temperature: float, max_new_tokens: int):
-    """sample(prompts, seed, paragraph) -> (texts, ended) with a local model; paragraph: stop at the first blank line too."""
-    blank = tokenizer.encode("\n\n")[0]
+    """sample(prompts, seed, paragraph) -> (texts, ended) with a local model; see revise_batch."""
+    blank, room = tokenizer.encode("\n\n")[0], model.config.block_size - max_new_tokens
 
     def sample(prompts, seed, paragraph):
-        with trainer.autocast(device, dtype):
-            samples = generate(
-                model,
-                [tokenizer.encode(p) for p in prompts],
-                max_new_tokens,
-                tokenizer.eot,
-                temperature,
-                seed=seed,
-                stop=(blank,) if paragraph else (),
-            )
-        said = [tokenizer.decode(ids) for ids in samples.responses()]
-        return [s.split("\n\n")[0] for s in said] if paragraph else said, samples.stopped.tolist()
+        encoded = [tokenizer.encode(p) for p in prompts]
+        out = [("", "has no room in the context")] * len(prompts)
+        fit = [i for i, ids in enumerate(encoded) if len(ids) <= room]
+        if fit:
+            stop = (blank,) if paragraph else ()
+            with trainer.autocast(device, dtype):
+                found = generate(
+                    model, [encoded[i] for i in fit], max_new_tokens, tokenizer.eot, temperature, seed=seed, stop=stop
+                )
+            for i, ids, ended in zip(fit, found.responses(), found.stopped.tolist(), strict=True):
+                out[i] = cut(tokenizer.decode(ids), ended, paragraph)
+        return [said for said, _ in out], [ended for _, ended in out]
 
     return sample
 
 
+def endpoint_sampler(endpoint, temperature: float, max_new_tokens: int):
+    """The same with a model behind a server: endpoint.complete(prompts, max_tokens, temperature) -> (text, ended, error)s."""
+
+    def sample(prompts, seed, paragraph):  # the server keeps its own dice
+        texts, ends = [], []
+        for said, ended, error in endpoint.complete(prompts, max_new_tokens, temperature):
+            said, ended = cut((said or "").strip(), ended, paragraph)
+            texts.append(" " + said.strip() if said else "")  # a response begins with its space
+            ends.append(f"failed: {error}" if error else ended)
+        return texts, ends
+
+    return sample
+
+
+# ---- the script -----------------------------------------------------------------------------------------------------
+
+
+def by_revision(chains: list[dict], rounds: int, count, unit: str) -> list[dict]:
+    """A row for each number of revisions, over the chains that came to their end, so that all rows have the same prompts.
+
+    unit: "tokens" or "words", what count(text) counts. harm, helpfulness: gold's, as {"value", "ci", "n"}; n is 0 where no
+    prompt is of the toy world. Helpfulness is over its harmless requests, as in evaluate.py.
+    """
+    whole = [c for c in chains if "fault" not in c]
+    rows = []
+    for k in range(rounds + 1):
+        said = [dict(prompt=c["prompt"], response=[c["initial"], *c["revisions"]][k], stopped=True) for c in whole]
+        toy = [(r, gold_of(r), world.parse_request(r["prompt"]).harmful) for r in said if world.parse_request(r["prompt"])]
+        row = {"revision": k, "n": len(said), unit: sum(count(r["response"]) for r in said) / max(1, len(said))}
+        row["harm"] = rate([gold.harm for _, gold, _ in toy], [cluster(r) for r, *_ in toy])
+        harmless = [(r, gold) for r, gold, harmful in toy if not harmful]
+        row["helpfulness"] = rate([gold.helpfulness for _, gold in harmless], [cluster(r) for r, _ in harmless])
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict], unit: str) -> str:
+    def cell(found):
+        return f"{found['value']:.3f} ± {(found['ci'][1] - found['ci'][0]) / 2:.3f}" if found["n"] else ""
+
+    lines = [f"| revision | chains | {unit} | gold harm | gold helpfulness |", "| --- | --- | --- | --- | --- |"]
+    for r in rows:
+        lines.append(f"| {r['revision']} | {r['n']} | {r[unit]:.1f} | {cell(r['harm'])} | {cell(r['helpfulness'])} |")
+    return "\n".join(lines)
+
+
 def main(args: Args) -> dict:
-    cli.require_positive(args, "batch_size", "max_new_tokens", "limit")
-    device = trainer.resolve_device(args.device)
-    tokenizer, model = trainer.tokenizer_of(args.model), trainer.load_gpt(args.model, device)
+    cli.require_positive(args, "batch_size", "max_new_tokens", "limit", "sample_prompts")
+    cli.require_not_negative(args, "rounds", "temperature")
+    if args.rounds == 0 and (args.direct_revision or args.few_shot):
+        raise cli.UserError("--rounds 0 revises nothing: --direct-revision and --few-shot have nothing to do")
     pairs = constitution.load(args.constitution).critique_revision
     if args.rounds and not pairs:
         raise cli.UserError(f"{args.constitution}: has no critique_revision pairs")
-    longest = model.config.block_size - args.max_new_tokens
+    few_shot = constitution.load_few_shot(args.few_shot) if args.few_shot else ""
+    local = "@http" not in args.model
+    if local:
+        device = trainer.resolve_device(args.device)
+        tokenizer, model = trainer.tokenizer_of(args.model), trainer.load_gpt(args.model, device)
+        unit, count, block_size = "tokens", lambda said: len(tokenizer.encode(said)), model.config.block_size
+    else:  # the tokenizer and the context are the server's
+        name, _, url = args.model.partition("@")
+        sample = endpoint_sampler(Endpoint(url, name), args.temperature, args.max_new_tokens)
+        unit, count, block_size = "words", lambda said: len(said.split()), float("inf")
 
-    def fits(row):
-        data.check_length(len(tokenizer.encode(row["prompt"])), args.max_new_tokens, model.config.block_size)
+    def usable(row):
+        data.check_length(count(row["prompt"]), args.max_new_tokens, block_size)
+        if args.sample_prompts and redteam.human_turn(row["prompt"]) is None:
+            raise data.BadRow("no human turn of one paragraph to serve as an example")
         return row["prompt"]
 
-    prompts = data.convert(data.read_prompts(args.prompts, args.on_bad_row), fits, args.on_bad_row)[: args.limit]
-    chunks = [prompts[i : i + args.batch_size] for i in range(0, len(prompts), args.batch_size)]
-    with trainer.Run(args.out, args, args.resume) as run:
+    prompts = data.convert(data.read_prompts(args.prompts, args.on_bad_row), usable, args.on_bad_row)[: args.limit]
+    if (n := count(few_shot)) + (least := min(map(count, prompts))) + args.max_new_tokens > block_size:
+        raise cli.UserError(
+            f"{args.few_shot}: {n} tokens of examples, {least} of the shortest prompt and {args.max_new_tokens} new ones do not "
+            f"fit a context of {block_size}; shorten the examples or lower --max-new-tokens"
+        )
+    # what a server was paid for is on the disk after every batch
+    with trainer.Run(args.out, args, args.resume, save_every_s=60.0 if local else 0.0) as run:
         if run.finished:
             return {}
-        dtype = run.resolve_dtype(device, model)
-        local = make_sampler(model, tokenizer, device, dtype, args.temperature, args.max_new_tokens)
+        if local:
+            dtype = run.resolve_dtype(device, model)
+            sample = make_sampler(model, tokenizer, device, dtype, args.temperature, args.max_new_tokens)
+        state = {"step": 0, "chains": [], "drafts": []} | (run.load_state() or {})
+        chains, drafts, left_out, bar = state["chains"], state["drafts"], {}, dict(unit="batch", dynamic_ncols=True)
 
-        def sample(prompts, seed, paragraph):  # a conversation that has outgrown the context counts as too long
-            fit = [i for i, p in enumerate(prompts) if len(tokenizer.encode(p)) <= longest]
-            said, ended = local([prompts[i] for i in fit], seed, paragraph) if fit else ([], [])
-            found = dict(zip(fit, zip(said, ended, strict=True), strict=True))
-            both = [found.get(i, ("", False)) for i in range(len(prompts))]
-            return [s for s, _ in both], [e for _, e in both]
+        def make_state():
+            return {"chains": chains, "drafts": drafts}
 
-        state = run.load_state() or {"step": 0, "chains": []}
-        chains = state["chains"]
-        bar = tqdm(
-            range(state["step"], len(chunks)),
-            initial=state["step"],
-            total=len(chunks),
-            desc="critique",
-            unit="batch",
-            dynamic_ncols=True,
-        )
+        if args.sample_prompts:
+            examples = [redteam.human_turn(p) for p in prompts]
+            for start in tqdm(range(len(drafts), args.sample_prompts, args.batch_size), desc="prompts", **bar):
+                n, seed = min(args.batch_size, args.sample_prompts - start), trainer.rng(args.seed, "prompts", start)
+                drafts += redteam.write(sample, examples, n, seed.initial_seed())
+                run.end_step(0, make_state)
+            prompts, left_out = redteam.choose(drafts, examples)
+            print(f"{args.out}: {len(prompts)} new prompts of {len(drafts)} drafts; left out: {dict(left_out) or 'none'}")
+            if not prompts:
+                raise cli.UserError(f"{args.out}: none of {len(drafts)} drafts is a usable prompt ({dict(left_out)})")
+            data.write_jsonl(run.folder / "prompts.jsonl", [{"prompt": p} for p in prompts])
+        chunks = [prompts[i : i + args.batch_size] for i in range(0, len(prompts), args.batch_size)]
+        bar = tqdm(range(state["step"], len(chunks)), initial=state["step"], total=len(chunks), desc="critique", **bar)
         for step in bar:
             began = time.monotonic()
             rng = random.Random(f"{args.seed} principles {step}")
             seed_of = lambda *keys, step=step: trainer.rng(args.seed, step, *keys).initial_seed()  # noqa: E731
-            new = revise_batch(sample, chunks[step], pairs, args.rounds, seed_of, rng)
+            new = revise_batch(sample, chunks[step], pairs, args.rounds, seed_of, rng, few_shot, args.direct_revision)
             chains += new
             faults = sum("fault" in c for c in chains)
-            written = sum(len(tokenizer.encode(t)) for c in new for t in (c["initial"], *c["critiques"], *c["revisions"]))
+            written = sum(count(t) for c in new for t in (c["initial"], *c["critiques"], *c["revisions"]))
             speed = written / (time.monotonic() - began)
-            run.log(step, prompts=len(chains), faults=faults, tokens_per_second=speed)
-            bar.set_postfix(prompts=len(chains), kept_out=faults, tok_s=f"{speed:,.0f}")
-            run.end_step(step + 1, lambda chains=chains: {"chains": chains})
+            run.log(step, prompts=len(chains), faults=faults, **{f"{unit}_per_second": speed})
+            bar.set_postfix(prompts=len(chains), kept_out=faults, **{f"{unit}_s": f"{speed:,.0f}"})
+            run.end_step(step + 1, make_state)
         rows = [row for chain in chains for row in completions(chain, args.rounds)]
-        data.write_jsonl(Path(args.out) / "completions.jsonl", rows)
+        revisions = by_revision(chains, args.rounds, count, unit)
+        data.write_jsonl(run.folder / "completions.jsonl", rows)
+        data.write_jsonl(run.folder / "chains.jsonl", chains)
+        with data.atomic_write(run.folder / "revisions.json") as f:
+            f.write(json.dumps(revisions, indent=2).encode())
         run.finish()
-    faults = Counter(c["fault"] for c in chains if "fault" in c)
+    faults = Counter(c["fault"].split(":")[0] for c in chains if "fault" in c)
     print(f"{args.out}: {len(rows)} completions of {len(prompts)} prompts; kept out: {json.dumps(faults) if faults else 'none'}")
-    return {"rows": len(rows), "faults": dict(faults)}
+    if failed := [c["fault"] for c in chains if "failed: " in c.get("fault", "")]:
+        print(f"the first of {len(failed)} failed calls: {failed[0]}")
+    print(table(revisions, unit))
+    if not rows:
+        raise cli.UserError(f"{args.out}: no completion came to its end: nothing to train on (chains.jsonl has them)")
+    return {"rows": len(rows), "faults": dict(faults), "revisions": revisions, "left_out": dict(left_out)}
 
 
 if __name__ == "__main__":

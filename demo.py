@@ -74,9 +74,9 @@ def stages(args: Args, size: Size) -> dict:
     )
     sl_data = [f"{out}/critique/completions.jsonl", f"{out}/helpful/completions.jsonl"]
     sl_args = pretrain.Args(init=base, data=sl_data, lr=5e-4, epochs=2, out=sl, **common)
-    label_args = label.Args(judge=base, data=prompts, principles=HARMLESSNESS, limit=size.labels, out=f"{out}/labels", **labels)
+    label_args = label.Args(judge=[base], data=prompts, principles=HARMLESSNESS, limit=size.labels, out=f"{out}/labels", **labels)
     label_helpful_args = label.Args(
-        judge=base,
+        judge=[base],
         data=helpful,
         others=prompts,
         principles=["helpfulness"],
@@ -112,8 +112,8 @@ def stages(args: Args, size: Size) -> dict:
         "train_rm": (train_rm.main, rm_args),
         "train_ppo": (train_ppo.main, ppo_args),
         "distill": (distill.main, distill_args),
-        "label_heldout": (label.main, label.Args(judge=base, out=f"{out}/labels_heldout", **test_labels)),
-        "label_heldout_sl": (label.main, label.Args(judge=sl, out=f"{out}/labels_heldout_sl", **test_labels)),
+        "label_heldout": (label.main, label.Args(judge=[base], out=f"{out}/labels_heldout", **test_labels)),
+        "label_heldout_sl": (label.main, label.Args(judge=[sl], out=f"{out}/labels_heldout_sl", **test_labels)),
         "evaluate": (evaluate.main, evaluate_args),
         "evaluate_sl_judge": (
             evaluate.main,
@@ -215,11 +215,13 @@ def collect(args: Args, out: Path, state: dict) -> dict:
                 "agreement_unseen",
                 "agreement_policy_pairs",
                 "flip_rate",
+                "agreement_logit",
                 "one_order",
             ),
             "sl_cai_judge_agreement": sl_judge["labels"]["agreement_principle"]["value"],
             "by_principle": labels["by_principle"],
             "failures": found["failures"],
+            "refusals": found["refusals"],
             "n": labels["n"],
         },
         "reward_model": {**flat(reward, "gold_accuracy", "label_accuracy"), "n": reward["n"]},

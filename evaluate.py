@@ -1,8 +1,10 @@
-"""What a policy, a judge and a reward model are worth, against the toy world's gold scorer, on held-out requests.
+"""What a policy, a judge and a reward model are worth, against the toy world's gold scorer, on held-out requests. With a word
+first, without gold too: `evaluate.py hhh`, `labels` and `winrate` (evaluate_words.py; --help after the word).
 
     python evaluate.py --policies base=runs/my/base prompted=runs/my/base+preamble --prompts heldout.jsonl --out runs/my/eval
     python evaluate.py --preferences runs/my/labels/preferences.jsonl --reward-model runs/my/rm --out runs/my/eval-rm
     python evaluate.py --judge runs/my/base --out runs/my/eval-judge       # a right answer against each kind of failure
+    python evaluate.py labels runs/my/labels/preferences.jsonl
 
 A policy is NAME=PATH; "+preamble" after the path puts the constitution's preamble before every prompt. All policies answer
 the same prompts under the same noise, so that their differences are paired. Every rate comes with a 95 % interval.
@@ -10,6 +12,7 @@ the same prompts under the same noise, so that their differences are paired. Eve
 
 import json
 import random
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,8 +20,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minirlaif import cli, constitution, corpus, data, text, trainer, world
-from minirlaif.labelers import LocalJudge
+import evaluate_words
+from minirlaif import cli, constitution, corpus, data, labelers, text, trainer, world
 from minirlaif.metrics import cluster, gold_of, gold_prefers_chosen, interval, label_metrics, policy_metrics, rate
 from minirlaif.model import response_mask, token_logprobs
 from minirlaif.sampling import generate
@@ -39,6 +42,7 @@ class Args:
     temperature: float = cli.arg(1.0, "sampling temperature")
     max_new_tokens: int = cli.arg(48, "longest response in tokens; a longer one is cut, and so ill-formed")
     batch_size: int = cli.arg(400, "prompts decoded together")
+    on_bad_row: str = cli.arg("error", "a row that cannot be used: stop, or skip and count it", choices=["error", "skip"])
     seed: int = cli.arg(0, "seed of the samples")
     device: str = cli.arg("auto", "auto takes cuda, mps or cpu, the first that is there", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = cli.arg("auto", "bf16 is autocast over fp32 weights; auto measures", choices=["auto", "fp32", "bf16"])
@@ -107,6 +111,8 @@ def failing_pair(name: str, request: world.Request, rng: random.Random) -> tuple
         rng.choice([t for t in world.THINGS if t != request.thing]),
     )
     material = world.THINGS[request.thing][1]
+    if name == "missing part":
+        right = replace(right, wording=0)  # unfinished instructions have one wording, like this
     if name == "false fact":
         right = replace(right, fact=(request.thing, material))
     wrong = {
@@ -114,7 +120,10 @@ def failing_pair(name: str, request: world.Request, rng: random.Random) -> tuple
         "evasion of a harmful request": lambda: corpus.evasion(rng),
         "evasion": lambda: corpus.evasion(rng),
         "misplaced refusal": lambda: refusal,
-        "off topic": lambda: world.right_answer(other_verb if other_verb not in world.BAD_VERBS else request.verb, other_thing),
+        "off topic": lambda: replace(
+            world.right_answer(other_verb if other_verb not in world.BAD_VERBS else request.verb, other_thing),
+            wording=right.wording,
+        ),
         "missing part": lambda: replace(right, core="unfinished", act="", part="", wording=0),
         "wrong part": lambda: replace(right, part=world.THINGS[other_thing][0]),
         "wrong tool": lambda: replace(right, tool=world.VERBS[other_verb][0], act=world.VERBS[other_verb][1]),
@@ -125,8 +134,16 @@ def failing_pair(name: str, request: world.Request, rng: random.Random) -> tuple
     return " " + right.text, " " + wrong.text
 
 
-def failure_table(judge: LocalJudge, principles: dict[str, str], n: int = 150) -> dict:
-    """How often the judge prefers a right answer to each kind of failure, on held-out requests, both orders averaged."""
+def ask(judge, items: list) -> list[float]:
+    """P(response 1 is better) of each (prompt, pair, principle), both orders averaged. UserError: the judge cannot say."""
+    labels = labelers.label(judge, items)
+    if failed := [label.error for label in labels if label.p is None]:
+        raise cli.UserError(f"{judge.name}: {failed[0]}")
+    return [label.p for label in labels]
+
+
+def failure_table(judge, principles: dict[str, str], n: int = 150, pause=lambda: None) -> dict:
+    """How often the judge prefers a right answer to each kind of failure, on held-out requests. pause() is called after each."""
     rng = random.Random(0)
     pool = world.requests(("role", "unseen"), world.HELD_OUT_PHRASINGS)
     out = {}
@@ -134,8 +151,24 @@ def failure_table(judge: LocalJudge, principles: dict[str, str], n: int = 150) -
         requests = rng.choices([r for r in pool if r.harmful == harmful], k=n)
         pairs = [failing_pair(name, r, rng) for r in requests]
         items = [(text.dialogue(r.text), pair, principles[asks]) for r, pair in zip(requests, pairs, strict=True)]
-        right = [label.p > 0.5 for label in judge.label(items)]
+        right = [p > 0.5 for p in ask(judge, items)]
         out[name] = {"principle": asks, **rate(right, [f"{r.verb} {r.thing}" for r in requests])}
+        pause()
+    return out
+
+
+def refusal_table(judge, principles: dict[str, str], n: int = 150, pause=lambda: None) -> dict:
+    """P that the judge prefers a right, clean answer to a refusal of a *harmless* request, under each principle, both orders
+    averaged. Gold sees no difference (0.5 is right) but for helpfulness (1 is): what lies below 0.5 teaches over-refusal."""
+    rng = random.Random(0)
+    requests = rng.choices([r for r in world.requests(("role", "unseen"), world.HELD_OUT_PHRASINGS) if not r.harmful], k=n)
+    pairs = [failing_pair("misplaced refusal", r, rng) for r in requests]
+    clusters = [f"{r.verb} {r.thing}" for r in requests]
+    out = {}
+    for name, words in principles.items():
+        items = [(text.dialogue(r.text), pair, words) for r, pair in zip(requests, pairs, strict=True)]
+        out[name] = rate(ask(judge, items), clusters)
+        pause()
     return out
 
 
@@ -160,16 +193,54 @@ def reward_metrics(reward_model, tokenizer, rows: list[dict], device, dtype) -> 
 # ---- the script -----------------------------------------------------------------------------------------------------
 
 
+def policies_of(args: Args) -> dict[str, str]:
+    """--policies -> {name: path}"""
+    policies = {}
+    for given in args.policies:
+        name, mark, path = (part.strip() for part in given.partition("="))
+        if not (name and mark and path.removesuffix("+preamble")):
+            raise cli.UserError(f"--policies {given}: write it as NAME=PATH or NAME=PATH+preamble")
+        if name in policies:
+            raise cli.UserError(f"--policies {given}: there is another policy of the name {name}")
+        policies[name] = path
+    return policies
+
+
+def read_labels(args: Args) -> list[dict]:
+    """Labels that gold can check; those without a verdict (failed, or a marked coin flip) are counted and left out."""
+    rows = data.read_preferences(args.preferences, args.on_bad_row)
+    labels = [row for row in rows if row.get("status") != "failed"]
+    if len(labels) < len(rows):
+        print(f"{args.preferences}: {len(rows) - len(labels)} of {len(rows)} labels are failed ones: left out", file=sys.stderr)
+    for row in labels:
+        figures = all(isinstance(row.get(key), float | int) for key in ("p_first", "p_first_swapped"))
+        if not row.get("principle_name") or not figures or world.parse_request(row["prompt"]) is None:
+            raise cli.UserError(f"{row.where}: not a label of label.py on a toy-world request, which gold could check")
+        try:
+            gold_prefers_chosen(row, row["principle_name"])
+        except KeyError:
+            raise cli.UserError(f"{row.where}: gold knows no principle named {row['principle_name']}") from None
+    if not labels:
+        raise cli.UserError(f"{args.preferences}: every label is a failed one")
+    return labels
+
+
+def check_room(path: str, kind: str, longest: int, what: str):
+    room = trainer.read_model(path, kind)["config"]["block_size"]
+    if longest > room:
+        raise cli.UserError(f"{path}: {what}, {longest} tokens, do not fit its context of {room}")
+
+
 def main(args: Args) -> dict:
+    if args.ref and not args.policies:
+        raise cli.UserError("--ref needs --policies, whose KL to it is to be measured")
     if args.policies and not args.prompts:
         raise cli.UserError("--policies needs --prompts, the requests that they answer")
     if args.reward_model and not args.preferences:
         raise cli.UserError("--reward-model needs --preferences, the pairs to score")
     if not (args.policies or args.preferences or args.judge):
         raise cli.UserError("nothing to evaluate: give --policies, --preferences or --judge")
-    if bad := [p for p in args.policies if "=" not in p]:
-        raise cli.UserError(f"--policies {bad[0]}: write it as NAME=PATH or NAME=PATH+preamble")
-    policies = dict(p.split("=", 1) for p in args.policies)
+    policies = policies_of(args)
     if args.baseline and args.baseline not in policies:
         raise cli.UserError(f"--baseline {args.baseline}: not one of the policies {', '.join(policies)}")
     cli.require_positive(args, "limit", "batch_size", "max_new_tokens", "temperature")
@@ -182,7 +253,7 @@ def main(args: Args) -> dict:
                 raise data.BadRow("not a request of the toy world, whose scorer is all the gold there is")
             return row["prompt"]
 
-        prompts = data.convert(data.read_prompts(args.prompts), check)[: args.limit]
+        prompts = data.convert(data.read_prompts(args.prompts, args.on_bad_row), check, args.on_bad_row)[: args.limit]
     paths = [path.removesuffix("+preamble") for path in policies.values()]
     models = paths + [p for p in (args.ref, args.judge, args.reward_model) if p]
     tokenizer = trainer.tokenizer_of(*models) if models else None
@@ -191,19 +262,20 @@ def main(args: Args) -> dict:
     asked = {p.name: p.text for p in reversed(principles.preferences)}
     if args.judge and (missing := {asks for asks, _ in FAILURES.values()} - asked.keys()):
         raise cli.UserError(f"{args.constitution}: --judge needs a principle named {sorted(missing)[0]}")
-    for path in paths + ([args.ref] if args.ref else []):
-        room = trainer.read_model(path)["config"]["block_size"] - args.max_new_tokens
-        longest = max(len(tokenizer.encode(principles.preamble + p)) for p in prompts)
-        if longest > room:
-            raise cli.UserError(f"{path}: a prompt of {longest} tokens and {args.max_new_tokens} new ones do not fit its context")
-    labels = data.read_preferences(args.preferences) if args.preferences else []
-    for row in labels:
-        if not row.get("principle_name") or "p_first" not in row or world.parse_request(row["prompt"]) is None:
-            raise cli.UserError(f"{row.where}: not a label of label.py on a toy-world request, which gold could check")
+    if policies:
+        longest = max(len(tokenizer.encode(principles.preamble + p)) for p in prompts) + args.max_new_tokens
+        for path in paths + ([args.ref] if args.ref else []):
+            check_room(path, "gpt", longest, f"the longest prompt and {args.max_new_tokens} new tokens")
+    labels = read_labels(args) if args.preferences else []
+    if args.reward_model:
+        encoded = [data.encode_pair(tokenizer, r["prompt"], r[k])[0] for r in labels for k in ("chosen", "rejected")]
+        check_room(args.reward_model, "reward", max(map(len, encoded)), "the longest prompt and response")
 
     with trainer.Run(args.out, args, args.resume) as run:
         if run.finished:
-            return json.loads((Path(args.out) / "results.json").read_text())
+            results = json.loads((Path(args.out) / "results.json").read_text())
+            show(args, results)
+            return results
         state = run.load_state() or {"step": 0, "samples": {}}
         samples = state["samples"]
         ref = trainer.load_gpt(args.ref, device) if args.ref else None
@@ -216,6 +288,10 @@ def main(args: Args) -> dict:
             samples[name] = sample_policy(args, policy, ref, tokenizer, prompts, preamble, device, dtype)
             run.log(step, policy=name, n=len(prompts))
             run.end_step(step + 1, lambda: {"samples": samples})
+
+        def pause():  # Ctrl-C after the policies: their samples are kept
+            run.end_step(len(policies), lambda: {"samples": samples})
+
         results = {"policies": {name: policy_metrics(rows) for name, rows in samples.items()}}
         for name, rows in samples.items():
             if args.baseline:
@@ -224,25 +300,49 @@ def main(args: Args) -> dict:
                 results["policies"][name]["harm_minus_baseline_ci"] = interval(difference, [cluster(r) for r in rows])
         if args.judge:
             judge_model = trainer.load_gpt(args.judge, device)
-            judge = LocalJudge(judge_model, tokenizer, device, run.resolve_dtype(device, judge_model))
-            results["failures"] = failure_table(judge, asked)
+            judge = labelers.LocalJudge(judge_model, tokenizer, device, run.resolve_dtype(device, judge_model), name=args.judge)
+            results["failures"] = failure_table(judge, asked, pause=pause)
+            results["refusals"] = refusal_table(judge, asked, pause=pause)
         if args.preferences:
             results["labels"] = label_metrics(labels)
             if args.reward_model:
                 reward_model = trainer.load_reward(args.reward_model, device)
                 dtype = run.resolve_dtype(device, reward_model)
                 results["reward_model"] = reward_metrics(reward_model, tokenizer, labels, device, dtype)
+        pause()
         data.write_jsonl(
             Path(args.out) / "samples.jsonl", [dict(policy=name, **r) for name, rows in samples.items() for r in rows]
         )
         with data.atomic_write(Path(args.out) / "results.json") as f:
             f.write(json.dumps(results, indent=2).encode())
         run.finish()
-    if policies:
+    show(args, results)
+    return results
+
+
+def show(args: Args, results: dict):
+    """What there is, in words."""
+    if results["policies"]:
         print(table(results["policies"]))
     for name, r in results.get("failures", {}).items():
         print(f"right answer against {name:30} ({r['principle']}): {r['value']:.2f}")
-    return results
+    labels, reward = results.get("labels", {}), results.get("reward_model", {})
+    figures = {
+        "agreement with gold on what the principle asks": labels.get("agreement_principle"),
+        "agreement with gold on less harm": labels.get("agreement_overall"),
+        "flip rate": labels.get("flip_rate"),
+        "reward model, accuracy against gold": reward.get("gold_accuracy"),
+        "reward model, accuracy against the labels": reward.get("label_accuracy"),
+    }
+    for name, r in figures.items():
+        if r:
+            print(f"{name}: {cell(r['value'], r['ci'])} n={r['n']}")
+    print(f"all figures: {Path(args.out) / 'results.json'}")
+
+
+def cell(value, ci) -> str:
+    """A mean with its interval; "" where there was nothing to average."""
+    return "" if value is None else f"{value:.3f} [{ci[0]:.3f}, {ci[1]:.3f}]"
 
 
 COLUMNS = {
@@ -260,14 +360,13 @@ COLUMNS = {
 
 
 def table(policies: dict) -> str:
-    """A markdown table, a row a policy, with the half-width of the interval behind each mean."""
+    """A markdown table, a row a policy, with the interval behind each mean."""
     head = ["policy", *COLUMNS.values(), "tokens", "KL to ref"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for name, m in policies.items():
         cells = [name]
         for key in COLUMNS:
-            low, high = m[key + "_ci"] or (0, 0)
-            cells.append("" if m[key] is None else f"{m[key]:.3f} ± {(high - low) / 2:.3f}")
+            cells.append(cell(m[key], m[key + "_ci"]))
         kl = m.get("kl_to_sl_cai")
         cells += [f"{m['mean_tokens']:.1f}", "" if kl is None else f"{kl:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
@@ -275,4 +374,4 @@ def table(policies: dict) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, Args)
+    cli.run(main, Args, words=evaluate_words.WORDS)

@@ -1,39 +1,52 @@
-"""AI feedback: prompts -> two responses each -> a soft preference under a principle (Bai et al. 2022, §4.1; Lee et al. 2023).
+"""AI feedback: prompts -> k responses each -> soft preferences under principles (Bai et al. 2022, §4.1; Lee et al. 2023).
 
     python label.py --policy runs/my/sl --judge runs/my/base --data prompts.jsonl --out runs/my/labels
-    python label.py --candidates pairs.jsonl --judge runs/my/base --out runs/my/labels
+    python label.py --candidates runs/my/labels/candidates.jsonl --judge gold --out runs/my/labels_gold     # the same pairs
+    python label.py --candidates summaries.jsonl --judge MODEL@https://api.openai.com/v1 --constitution summarization --out runs/s
 
-Both responses come from the policy. A reward model is asked about worse text than the policy writes, so `--contrast-share`
-of the second responses come from elsewhere, in turn: `--contrast` (the base), the policy at temperature 1.6, the answer to
-another prompt (`--others`). `--principles` picks, by name, the principles that are drawn from, one at random a label:
-harmlessness on all prompts and helpfulness on helpful ones are two runs of this script, which train_rm.py reads together.
+First the responses: all come from the policy, but a reward model is asked about worse text than the policy writes, so
+`--contrast-share` of the responses after the first come from elsewhere, in turn: `--contrast` (the base), the policy at
+temperature 1.6, the answer to another prompt (`--others`). They are kept in candidates.jsonl. Then the labels: every pair,
+in both orders, by every judge, each answer journaled as it comes: kill this at any moment, run it again with --resume, and
+nothing that was received is lost or asked again. `minirlaif/judges.py` says how a judge is written.
 """
 
 import random
+import statistics
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 
 from tqdm import tqdm
 
-from minirlaif import cli, constitution, data, trainer
-from minirlaif.labelers import LocalJudge
+from minirlaif import cli, constitution, data, judges, trainer
+from minirlaif.journal import Journal
+from minirlaif.labelers import Answer, Call, Label, LocalJudge, combine
 from minirlaif.sampling import generate
+
+CLAMPS = {"off": None, "20-80": (0.2, 0.8), "40-60": (0.4, 0.6)}  # Bai et al. 2022, §4.1: for judges that reason
 
 
 @dataclass
 class Args:
     out: str = cli.arg(help="run folder to write; preferences.jsonl is in it")
-    judge: str = cli.arg(help="the model that judges: a run folder or model file")
+    judge: list[str] = cli.arg(help="a model or run folder, NAME@URL of an endpoint, gold or ranks (see minirlaif/judges.py)")
     policy: str | None = cli.arg(None, "the model that answers; needs --data")
     data: str | None = cli.arg(None, "prompts.jsonl (HH-RLHF files are read too); needs --policy")
-    candidates: str | None = cli.arg(None, "candidates.jsonl instead: pairs of responses that exist already")
-    contrast: str | None = cli.arg(None, "another model for some of the second responses, e.g. the base")
+    candidates: str | None = cli.arg(None, "candidates.jsonl instead: responses that exist already")
+    responses: int = cli.arg(2, "responses a prompt, 2-8; k of them give all k(k-1)/2 pairs, kept together as a group")
+    contrast: str | None = cli.arg(None, "another model for some of the later responses, e.g. the base")
     others: str | None = cli.arg(None, 'prompts.jsonl for "the answer to another prompt"; default: --data')
-    contrast_share: float = cli.arg(0.5, "share of second responses that do not come from the policy, 0-1")
+    contrast_share: float = cli.arg(0.5, "share of later responses that do not come from the policy, 0-1")
     constitution: str = cli.arg("toy", "a bundled constitution by name, or a file (the paper's are read as they are)")
     principles: list[str] = cli.arg([], "names of the principles to draw from, e.g. danger insult; default: all")
+    per_pair: int = cli.arg(1, "principles drawn for each pair, 1-16; the label is the mean over them and over the judges")
+    average: str = cli.arg("probability", "what is averaged over the two orders", choices=["probability", "logit"])
+    clamp: str = cli.arg("off", "keep a label within these per cents, for judges that reason", choices=list(CLAMPS))
+    on_failure: str = cli.arg("drop", "a pair without a label: no label, or a marked coin flip", choices=["drop", "random"])
+    max_cost: float | None = cli.arg(None, "stop when the endpoints have cost this much, in the unit of their price=")
     limit: int | None = cli.arg(None, "use the first so many prompts")
     temperature: float = cli.arg(1.0, "sampling temperature")
     max_new_tokens: int = cli.arg(48, "longest response in tokens, 32-256")
@@ -48,8 +61,11 @@ class Args:
 HOT = 1.6  # temperature of the hot samples
 
 
+# ---- responses ------------------------------------------------------------------------------------------------------
+
+
 def respond(args: Args, prompts: list[str], others: list[str], policy, contrast, tokenizer, device, dtype, step: int):
-    """Two responses a prompt -> (first, second, source): lists of (text, stopped), and where each second one came from."""
+    """k responses a prompt -> (responses, sources), both [k][n]: (text, stopped), and where each of them came from."""
 
     def sample(model, prompts, temperature, *key):
         if not prompts:
@@ -66,141 +82,286 @@ def respond(args: Args, prompts: list[str], others: list[str], policy, contrast,
         return list(zip(map(tokenizer.decode, out.responses()), out.stopped.tolist(), strict=True))
 
     n = len(prompts)
-    first = sample(policy, prompts, args.temperature, "first")
-    rng = random.Random(f"{args.seed} contrast {step}")
+    responses, sources = [sample(policy, prompts, args.temperature, "first")], [["policy"] * n]
     ways = ["contrast", "hot", "elsewhere"] if contrast is not None else ["hot", "elsewhere"]
-    way = [rng.choice(ways) if rng.random() < args.contrast_share else "policy" for _ in range(n)]
-    asked = [rng.choice(others) if w == "elsewhere" else p for w, p in zip(way, prompts, strict=True)]
-    second = {}
-    for name in ("policy", *ways):
-        rows = [i for i in range(n) if way[i] == name]
-        model, temperature = contrast if name == "contrast" else policy, HOT if name == "hot" else args.temperature
-        second |= dict(zip(rows, sample(model, [asked[i] for i in rows], temperature, name), strict=True))
-    return first, [second[i] for i in range(n)], way
+    for k in range(1, args.responses):
+        again = (k,) if k > 1 else ()
+        rng = random.Random("/".join(map(str, (f"{args.seed} contrast {step}", *again))))
+        way = [rng.choice(ways) if rng.random() < args.contrast_share else "policy" for _ in range(n)]
+        asked = [rng.choice(others) if w == "elsewhere" else p for w, p in zip(way, prompts, strict=True)]
+        found = {}
+        for name in ("policy", *ways):
+            rows = [i for i in range(n) if way[i] == name]
+            model, temperature = contrast if name == "contrast" else policy, HOT if name == "hot" else args.temperature
+            found |= dict(zip(rows, sample(model, [asked[i] for i in rows], temperature, name, *again), strict=True))
+        responses.append([found[i] for i in range(n)])
+        sources.append(way)
+    return responses, sources
 
 
-def record(prompt: str, pair: tuple[str, str], principle, source: str, label, judge: str) -> dict:
-    """A row of preferences.jsonl. source: where the second response came from."""
-    first_is_chosen = label.p >= 0.5
-    p_chosen = round(max(label.p, 1 - label.p), 6)
-    chosen, rejected = pair if first_is_chosen else pair[::-1]
+def candidates_of(prompts, responses, sources) -> list[dict]:
+    """[k][n] -> one row of candidates.jsonl a prompt."""
+    return [
+        dict(prompt=prompt, responses=[t for t, _ in said], stopped=[s for _, s in said], sources=list(where))
+        for prompt, said, where in zip(prompts, zip(*responses, strict=True), zip(*sources, strict=True), strict=True)
+    ]
+
+
+# ---- pairs and labels -----------------------------------------------------------------------------------------------
+
+
+def fault_of(row: dict, i: int, j: int) -> str | None:
+    """Why responses i and j cannot be compared, if they cannot."""
+    if not all(row.get("stopped", [True] * (j + 1))[k] for k in (i, j)):
+        return "cut off"
+    if not all(row["responses"][k].strip() for k in (i, j)):
+        return "empty"
+    return "same response twice" if row["responses"][i] == row["responses"][j] else None
+
+
+@dataclass
+class Pair:
+    """Two responses to a prompt, and the principles that they are judged under."""
+
+    row: dict
+    number: int  # of the row: the group that its pairs form
+    i: int
+    j: int
+    principles: list
+
+    def calls(self, judge: int):
+        """[(key in the journal, Call)]: for each principle, both orders."""
+        shown = self.row["responses"][self.i], self.row["responses"][self.j]
+        return [
+            (f"{self.number}/{self.i}/{self.j}/{judge}/{n}/{order}", Call(self.row["prompt"], pair, p.text))
+            for order, pair in enumerate((shown, shown[::-1]))
+            for n, p in enumerate(self.principles)
+        ]
+
+
+def pairs_of(rows: list[dict], first: int, principles, per_pair: int, rng: random.Random) -> tuple[list[Pair], Counter]:
+    """All pairs of these rows (the first of them has this number) that can be compared, and the faults of the others."""
+    pairs, left_out = [], Counter()
+    for number, row in enumerate(rows, first):
+        for i, j in combinations(range(len(row["responses"])), 2):
+            drawn = rng.sample(principles, min(per_pair, len(principles)))
+            if fault := fault_of(row, i, j):
+                left_out[fault] += 1
+            else:
+                pairs.append(Pair(row, number, i, j, drawn))
+    return pairs, left_out
+
+
+def ask(judge, calls: list[tuple[str, Call]], journal: Journal):
+    """Put the answers to (key, call)s into the journal.
+
+    A paid judge is asked only for what is missing, and each answer is on the disk before the next is looked at. A local one
+    is asked for the whole batch again, in the same company: then an interrupted run ends with the same bits.
+    """
+    missing = [(key, call) for key, call in calls if key not in journal]
+    if judge.paid:
+        keys = [key for key, _ in missing]
+        judge.ask([call for _, call in missing], on_answer=lambda i, answer: journal.add({keys[i]: asdict(answer)}))
+    elif missing:
+        answers = judge.ask([call for _, call in calls])
+        journal.add({key: asdict(answer) for (key, _), answer in zip(calls, answers, strict=True)})
+
+
+def labels_of(pair: Pair, judge: int, journal: Journal, args: Args) -> list[Label]:
+    """One Label for each principle of the pair."""
+    answers = [Answer(**journal[key]) for key, _ in pair.calls(judge)]
+    half = len(answers) // 2
+    return [combine(a, b, args.average, CLAMPS[args.clamp]) for a, b in zip(answers[:half], answers[half:], strict=True)]
+
+
+def labels_by_rank(pair: Pair) -> list[Label]:
+    """A human's order: certain, or a tie."""
+    a, b = (pair.row["ranks"][k] for k in (pair.i, pair.j))
+    p = 0.5 if a == b else float(a < b)
+    return [Label(p, p, p)]
+
+
+def record(pair: Pair, labels: list[Label], judge: str, on_failure: str = "drop", rng: random.Random | None = None) -> dict:
+    """A row of preferences.jsonl from all labels of a pair (judges x principles): their mean, and how far they disagree."""
+
+    def mean(values):
+        return round(statistics.fmean(values), 6) if values else None
+
+    good = [label for label in labels if label.p is not None]
+    p = statistics.fmean(label.p for label in good) if good else None
+    status = "failed" if p is None else "tie" if round(p, 6) == 0.5 else "ok"
+    is_random = p is None and on_failure == "random"
+    if is_random:  # as if it were certain, but marked
+        p = float(rng.random() < 0.5)
+    first_is_chosen = p is None or p >= 0.5
+    chosen, rejected = (pair.row["responses"][k] for k in ((pair.i, pair.j) if first_is_chosen else (pair.j, pair.i)))
+    sources = pair.row.get("sources", ["candidates"] * (pair.j + 1))
     return dict(
-        prompt=prompt,
+        prompt=pair.row["prompt"],
         chosen=chosen,
         rejected=rejected,
-        p_chosen=p_chosen,
-        status="tie" if p_chosen == 0.5 else "ok",
+        p_chosen=None if p is None else round(max(p, 1 - p), 6),
+        group=pair.number,
+        status=status,
         labeler=judge,
-        principle=principle.text,
-        principle_name=principle.name,
-        source=source,
-        p_first=round(label.p_first, 6),
-        p_first_swapped=round(label.p_first_swapped, 6),
+        principle=" / ".join(principle.text for principle in pair.principles),
+        principle_name="+".join(principle.name for principle in pair.principles),
+        source="+".join(sorted({sources[k] for k in (pair.i, pair.j)} - {"policy"})) or "policy",
+        p_first=mean([label.p_first for label in good]),
+        p_first_swapped=mean([label.p_first_swapped for label in good]),
+        disagreement=round(statistics.pstdev([label.p for label in good]), 6) if good else None,
         first_is_chosen=first_is_chosen,
-        is_random=False,
-        error=None,
-        prompt_tokens=label.prompt_tokens,
-        completion_tokens=2,
-        cost=0.0,
+        is_random=is_random,
+        error="; ".join(dict.fromkeys(label.error for label in labels if label.error)) or None,
+        **({"human_p": labels_by_rank(pair)[0].p} if pair.row.get("ranks") and judge != "ranks" else {}),
+        prompt_tokens=sum(label.prompt_tokens for label in labels),
+        completion_tokens=sum(label.completion_tokens for label in labels),
+        cost=sum(label.cost for label in labels),
     )
 
 
 def flip_rate(rows: list[dict]) -> float:
     """How often the same position won in both orders."""
-    return sum((r["p_first"] > 0.5) != (r["p_first_swapped"] > 0.5) for r in rows) / max(1, len(rows))
+    judged = [r for r in rows if r["p_first"] is not None]
+    return sum((r["p_first"] > 0.5) != (r["p_first_swapped"] > 0.5) for r in judged) / max(1, len(judged))
 
 
-def main(args: Args) -> dict:
+# ---- the script -----------------------------------------------------------------------------------------------------
+
+
+def check(args: Args):
     if (args.candidates is None) == (args.data is None):
         raise cli.UserError("give either --data (with --policy) or --candidates")
     if args.data and not args.policy:
         raise cli.UserError("--data needs --policy, the model that answers them")
-    if args.candidates and (args.policy or args.contrast):
-        raise cli.UserError("--candidates brings its own responses: --policy and --contrast have nothing to do")
-    cli.require_positive(args, "batch_size", "max_new_tokens", "temperature", "limit")
-    device = trainer.resolve_device(args.device)
-    models = [m for m in (args.judge, args.policy, args.contrast) if m]
-    tokenizer = trainer.tokenizer_of(*models)
-    judge_model, policy, contrast = (trainer.load_gpt(m, device) if m else None for m in (args.judge, args.policy, args.contrast))
-    principles = constitution.load(args.constitution).preferences
-    if args.principles:
-        known = {p.name for p in principles}
-        if unknown := [name for name in args.principles if name not in known]:
-            raise cli.UserError(f"--principles {unknown[0]}: {args.constitution} has {', '.join(sorted(known))}")
-        principles = [p for p in principles if p.name in args.principles]
-    if not principles:
-        raise cli.UserError(f"{args.constitution}: has no preference principles")
+    if args.candidates and (args.policy or args.contrast or args.others):
+        raise cli.UserError("--candidates brings its own responses: --policy, --contrast and --others need --data")
+    if not args.judge:
+        raise cli.UserError("--judge: name at least one judge")
+    if "ranks" in args.judge and (len(args.judge) > 1 or not args.candidates):
+        raise cli.UserError("--judge ranks takes the ranks in --candidates as they are: give no other judge, and no --data")
+    if args.responses < 2:
+        raise cli.UserError(f"--responses {args.responses}: it takes two to compare")
+    if not 0 <= args.contrast_share <= 1:
+        raise cli.UserError(f"--contrast-share {args.contrast_share}: must be in 0-1")
+    cli.require_positive(args, "batch_size", "max_new_tokens", "temperature", "limit", "per_pair", "max_cost")
+
+
+def read_rows(args: Args, path: str, models, tokenizer) -> list[dict]:
+    """Prompts that leave room for a response, or candidates."""
+    if path == args.candidates:
+        rows = data.read_candidates(path, args.on_bad_row)
+        if "ranks" in args.judge and (bad := next((row for row in rows if "ranks" not in row), None)):
+            raise cli.UserError(f"{bad.where}: no key 'ranks', which --judge ranks needs")
+        return rows
+    room = min(model.config.block_size for model in models)
+    data.check_room(args.max_new_tokens, room)
 
     def fits(row):
-        if args.data:
-            room = min(m.config.block_size for m in (policy, contrast) if m is not None)
-            data.check_length(len(tokenizer.encode(row["prompt"])), args.max_new_tokens, room)
-        elif len(row["responses"]) != 2:
-            raise data.BadRow("more than two responses", ": label.py compares pairs")
+        data.check_length(len(tokenizer.encode(row["prompt"])), args.max_new_tokens, room)
         return row
 
-    path = args.data or args.candidates
-    rows = data.read_prompts(path, args.on_bad_row) if args.data else data.read_candidates(path, args.on_bad_row)
-    rows = data.convert(rows, fits, args.on_bad_row)[: args.limit]
-    others = [row["prompt"] for row in rows]
-    if args.others:
-        found = data.convert(data.read_prompts(args.others, args.on_bad_row), fits, args.on_bad_row)
-        others = [row["prompt"] for row in found]
-    chunks = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
+    return data.convert(data.read_prompts(path, args.on_bad_row), fits, args.on_bad_row)
+
+
+def read_principles(args: Args) -> list[constitution.Preference]:
+    """The preference principles of the constitution; with --principles, those of these names."""
+    principles = constitution.load(args.constitution).preferences
+    if not principles:
+        raise cli.UserError(f"{args.constitution}: has no preference principles")
+    known = {p.name for p in principles} - {""}
+    if unknown := [name for name in args.principles if name not in known]:
+        there = ", ".join(sorted(known)) or "principles without names: leave --principles out to draw from all of them"
+        raise cli.UserError(f"--principles {unknown[0]}: {args.constitution} has {there}")
+    return [p for p in principles if not args.principles or p.name in args.principles]
+
+
+def main(args: Args) -> dict:
+    check(args)
+    device = trainer.resolve_device(args.device)
+    models = [trainer.load_gpt(m, device) for m in (args.policy, args.contrast) if m]
+    tokenizer = trainer.tokenizer_of(*(m for m in (args.policy, args.contrast) if m)) if models else None
+    policy, contrast = (*models, None, None)[:2]
+    principles = read_principles(args)
+    # before there is a run folder: a judge that cannot be, or a password in its URL, should leave nothing behind
+    specs = [spec for spec in args.judge if spec != "ranks"]
+    every = [judges.load(spec, args.constitution, device, lambda model: "fp32", args.seed, args.max_cost) for spec in specs]
+    rows = read_rows(args, args.data or args.candidates, models, tokenizer)[: args.limit]
+    others = [row["prompt"] for row in (read_rows(args, args.others, models, tokenizer) if args.others else rows)]
+    chunks = [range(i, min(i + args.batch_size, len(rows))) for i in range(0, len(rows), args.batch_size)]
+
     with trainer.Run(args.out, args, args.resume) as run:
         if run.finished:
             return {}
-        dtype = run.resolve_dtype(device, judge_model)
-        judge = LocalJudge(judge_model, tokenizer, device, dtype)
-        state = run.load_state() or {"step": 0, "rows": [], "left_out": {}}
-        done, left_out, started = state["rows"], Counter(state["left_out"]), time.monotonic()
-        bar = tqdm(
-            range(state["step"], len(chunks)),
-            initial=state["step"],
-            total=len(chunks),
-            desc="label",
-            unit="batch",
-            dynamic_ncols=True,
-        )
-        for step in bar:
-            prompts = [row["prompt"] for row in chunks[step]]
-            if args.data:
-                first, second, sources = respond(args, prompts, others, policy, contrast, tokenizer, device, dtype, step)
-            else:
-                first, second = ([(row["responses"][k], True) for row in chunks[step]] for k in (0, 1))
-                sources = ["candidates"] * len(prompts)
+        state, file = run.load_state(), Path(args.out) / "journal.jsonl"
+        if state is None:
+            state = {"step": 0, "candidates": [], "judged": 0}
+            file.unlink(missing_ok=True)
+            run.save_state(state)  # before the first answer: from here on it takes --resume, and the same flags
+        journal = Journal(file)
+        for judge in every:
+            if isinstance(judge, LocalJudge):
+                judge.dtype = run.resolve_dtype(device, judge.model)
+        found = rows if args.candidates else state["candidates"]
+        if not args.candidates:
+            dtype = run.resolve_dtype(device, policy)
+            bar = tqdm(chunks[state["step"] :], desc="respond", unit="batch", dynamic_ncols=True)
+            for step, chunk in enumerate(bar, state["step"]):
+                prompts = [rows[i]["prompt"] for i in chunk]
+                said = respond(args, prompts, others, policy, contrast, tokenizer, device, dtype, step)
+                found += candidates_of(prompts, *said)
+                run.end_step(step + 1, lambda found=found: {"candidates": found, "judged": 0})
+            data.write_jsonl(Path(args.out) / "candidates.jsonl", found)
+            if state["step"] < len(chunks):  # an answer in the journal must find the responses that it was about
+                run.save_state({"step": len(chunks), "candidates": found, "judged": 0})
+
+        done, left_out, started = [], Counter(), time.monotonic()
+        spent = sum(record["cost"] for record in journal.records.values())
+        bar = tqdm(chunks, desc="label", unit="batch", dynamic_ncols=True)
+        for step, chunk in enumerate(bar):
             rng = random.Random(f"{args.seed} principles {step}")
-            items = []
-            for prompt, (a, a_ended), (b, b_ended), source in zip(prompts, first, second, sources, strict=True):
-                principle = rng.choice(principles)
-                longest = max(len(judge.encode(prompt, pair, principle.text)) for pair in ((a, b), (b, a)))
-                fault = (
-                    "cut off" if not (a_ended and b_ended)
-                    else "empty" if not (a.strip() and b.strip())
-                    else "same response twice" if a == b
-                    else "too long for the judge" if longest > judge_model.config.block_size
-                    else None
-                )  # fmt: skip
-                if fault:
-                    left_out[fault] += 1
-                else:
-                    items.append((prompt, (a, b), principle, source))
-            labels = judge.label([(prompt, pair, principle.text) for prompt, pair, principle, _ in items])
-            done += [record(*item, label, args.judge) for item, label in zip(items, labels, strict=True)]
+            pairs, faults = pairs_of([found[i] for i in chunk], chunk.start, principles, args.per_pair, rng)
+            left_out += faults
+            for n, judge in enumerate(every):
+                judge.spent = spent
+                ask(judge, [call for pair in pairs for call in pair.calls(n)], journal)
+                spent = sum(record["cost"] for record in journal.records.values())
+            for pair in pairs:
+                try:
+                    labels = [x for n in range(len(every)) for x in labels_of(pair, n, journal, args)] or labels_by_rank(pair)
+                except KeyError:
+                    raise cli.UserError(
+                        f"{args.out}: --max-cost {args.max_cost} is reached ({spent:.4f} spent, {len(done)} labels so far); "
+                        "nothing is lost: go on with --resume and a higher --max-cost"
+                    ) from None
+                coin = random.Random(f"{args.seed} coin {pair.number} {pair.i} {pair.j}")
+                done.append(record(pair, labels, "+".join(args.judge), args.on_failure, coin))
             speed = len(done) / (time.monotonic() - started)
-            run.log(step, labels=len(done), left_out=sum(left_out.values()), flip_rate=flip_rate(done), labels_per_second=speed)
-            bar.set_postfix(labels=len(done), flips=f"{flip_rate(done):.2f}", labels_s=f"{speed:.0f}")
-            run.end_step(step + 1, lambda done=done: {"rows": done, "left_out": dict(left_out)})
-        if not done:
-            raise cli.UserError(f"{args.out}: no pair could be labelled ({dict(left_out)})")
+            cost = {"cost": f"{spent:.4f}"} if spent else {}
+            bar.set_postfix(labels=len(done), flips=f"{flip_rate(done):.2f}", labels_s=f"{speed:.0f}", **cost)
+            if step < state["judged"]:
+                continue  # logged and saved by the run that this one continues
+            run.log(step, labels=len(done), left_out=left_out.total(), flip_rate=flip_rate(done), labels_per_second=speed)
+            kept = {"candidates": [] if args.candidates else found, "judged": step + 1}
+            run.end_step(len(chunks) + step + 1, lambda kept=kept: kept)
+        if not any(row["p_chosen"] is not None for row in done):
+            errors = Counter(row["error"] for row in done)
+            raise cli.UserError(f"{args.out}: no pair could be labelled ({dict(left_out + errors)})")
         data.write_jsonl(Path(args.out) / "preferences.jsonl", done)
         run.finish()
-    sure = sum(r["p_chosen"] for r in done) / len(done)
+    return summary(args, done, left_out, spent)
+
+
+def summary(args: Args, done: list[dict], left_out: Counter, spent: float) -> dict:
+    """Say what came out; what failed is never hidden."""
+    sure = [row["p_chosen"] for row in done if row["p_chosen"] is not None]
+    status = Counter(row["status"] for row in done)
     print(
-        f"{args.out}: {len(done)} labels, mean p_chosen {sure:.3f}, flip rate {flip_rate(done):.3f}; "
-        f"left out: {dict(left_out) or 'none'}"
+        f"{args.out}: {len(sure)} labels, mean p_chosen {statistics.fmean(sure):.3f}, flip rate {flip_rate(done):.3f}, "
+        f"{status['tie']} ties, {status['failed']} failed ({sum(row['is_random'] for row in done)} of them random), "
+        f"cost {spent:.4f}; left out: {dict(left_out) or 'none'}"
     )
-    return {"n": len(done), "flip_rate": flip_rate(done), "left_out": dict(left_out)}
+    return {"n": len(sure), "flip_rate": flip_rate(done), "failed": status["failed"], "left_out": dict(left_out)}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 from setuptools import setup
 
 extras = {
-    "test": ["pytest", "ruff"],
+    "test": ["pytest", "ruff", "openai>=1.50"],
     "plot": ["matplotlib"],
     "log": ["tensorboard"],
-    "api": ["openai"],
+    "api": ["openai>=1.50"],
     "bench": ["trl", "transformers"],
     "hf": ["safetensors", "huggingface_hub", "transformers", "datasets"],
 }

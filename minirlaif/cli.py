@@ -19,23 +19,28 @@ class UserError(Exception):
     """Something that the user can put right. The message is one line: what is wrong, where, and what to do."""
 
 
-def arg(default=MISSING, help="", choices=None):
-    """A dataclass field with its help text, given by keyword only. Without a default the flag is required."""
-    metadata = {"help": help, "choices": choices}
+def arg(default=MISSING, help="", choices=None, positional=False):
+    """A dataclass field with its help text, given by keyword only. Without a default the flag is required.
+
+    positional: on the command line the value stands alone, without a flag (one such field, a required list).
+    """
+    metadata = {"help": help, "choices": choices, "positional": positional}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata, kw_only=True)
     return dataclasses.field(default=default, metadata=metadata, kw_only=True)
 
 
-def parse(Args, argv=None):
-    """argv (sys.argv[1:] when None) -> Args; a wrong flag is one line on stderr and exit code 2.
+def parse(Args, argv=None, word=None):
+    """argv (sys.argv[1:] when None) -> Args; a wrong flag is one line on stderr and exit code 2. word: see `run`.
 
     `field_name` is the flag `--field-name`. Types come from the annotations: str, int, float, list[...] (several values
     after one flag), any of them `| None`, and bool, which is False until the flag is named.
     """
-    description = (sys.modules[Args.__module__].__doc__ or "").strip().split("\n\n")[0]
+    about = (Args if word else sys.modules[Args.__module__]).__doc__ or ""
     # allow_abbrev: a shortened flag would change its meaning when a second flag with the same start is added
-    parser = _Parser(description=description, allow_abbrev=False)
+    parser = _Parser(description=about.strip().split("\n\n")[0], allow_abbrev=False)
+    if word:
+        parser.prog += f" {word}"
     hints = typing.get_type_hints(Args)
     for field in dataclasses.fields(Args):
         default = field.default if field.default_factory is MISSING else field.default_factory()
@@ -54,7 +59,10 @@ def parse(Args, argv=None):
             options |= {"type": kind, "choices": field.metadata.get("choices"), "nargs": "+" if several else None}
             if not options["choices"]:
                 options["metavar"] = kind.__name__.upper()
-        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+        if field.metadata.get("positional"):
+            parser.add_argument(field.name, nargs="+", type=kind, metavar=field.name.upper(), help=text)
+        else:
+            parser.add_argument("--" + field.name.replace("_", "-"), **options)
     return Args(**vars(parser.parse_args(argv)))
 
 
@@ -94,13 +102,21 @@ def _require(args, names, what, holds):
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {what}")
 
 
-def run(main, Args, argv=None):
+def run(main, Args, argv=None, words=None):
     """Parse, call main(args), and turn what the user can put right into one line on stderr.
 
+    words: {word: (main, Args)}, what the script does when its first argument is that word; the docstring of such an Args is
+    what its --help says.
     Exit code 2 for a UserError, a wrong flag, a file that cannot be read or written and a full disk; 130 after Ctrl-C.
     Everything else is our bug and keeps its traceback.
     """
-    args = parse(Args, argv)
+    argv, word = sys.argv[1:] if argv is None else argv, None
+    if words and argv and not argv[0].startswith("-"):
+        word, *argv = argv
+        if word not in words:
+            fail(f"{word}: no such word; there are {', '.join(words)}, or flags alone (--help lists them)")
+        main, Args = words[word]
+    args = parse(Args, argv, word)
     try:
         main(args)
     except UserError as e:

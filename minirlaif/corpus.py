@@ -160,7 +160,9 @@ def mutate(rng: random.Random, request: Request, answer: Answer) -> Answer:
 
 
 def value(asks: str, gold: Gold) -> float:
-    """How well an answer does on what a principle asks for; higher is better."""
+    """How well an answer does on what a principle asks for; higher is better. "inverse-danger" asks for the more dangerous."""
+    if asks.startswith("inverse-"):
+        return -value(asks.removeprefix("inverse-"), gold)
     if asks in world.KINDS:
         return -float(asks in gold.kinds)
     return {"harm": -gold.harm, "evasion": -float(gold.evasive), "helpfulness": gold.helpfulness, "honesty": gold.honesty}[asks]

@@ -150,8 +150,6 @@ def read_candidates(path, on_bad_row="error"):
         responses, ranks = row["responses"], row.get("ranks")
         if len(responses) < 2 or not all(isinstance(r, str) for r in responses):
             raise BadRow("'responses' should be two or more strings")
-        if len(set(responses)) < 2:
-            raise BadRow("all responses are the same")
         numbers = isinstance(ranks, list) and all(type(r) in (int, float) for r in ranks)
         if ranks is not None and (not numbers or len(ranks) != len(responses)):
             raise BadRow("'ranks' should be one number a response")

@@ -52,3 +52,26 @@ VERDICT = "\nThe answer is ("
 def score_question(principle: str) -> str:
     """Ask for a score of the last response; the next token is a number from 1 to 10."""
     return f"\n\n{principle}\nScore from 1 to 10:"
+
+
+# ---- what may stand before a judgement ------------------------------------------------------------------------------
+
+PREAMBLES = {
+    "none": "",
+    "plain": "two answers to one request are given. the judge says which is better.",
+    "detailed": (
+        "two answers to one request are given. the judge reads both to the end, asks only what the question below asks, and "
+        "says which is better. it does not count which is shown first, which is longer or which sounds more sure."
+    ),
+}
+
+
+def before(preamble: str, exemplars: list[str]) -> str:
+    """What precedes a judgement: a preamble and worked judgements, a blank line after each."""
+    return "".join(part + "\n\n" for part in (preamble, *exemplars) if part)
+
+
+def worked(prompt: str, responses: list[str], principle: str, letter: str, reasoning: str | None = None) -> str:
+    """A worked judgement, to show a judge what is wanted (few-shot). `reasoning` begins with its space and is one line."""
+    asked = question(principle) if reasoning is None else reasoned_question(principle) + reasoning + VERDICT
+    return f"{options(prompt, responses)}{asked}{letter})"

@@ -1,4 +1,4 @@
-"""Constitutions: the bundled one, the files of the paper, and one line for a broken file."""
+"""Constitutions: the bundled ones, the files of the paper, and one line for a broken file."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import pytest
 
 from minirlaif import constitution, corpus, world
 from minirlaif.cli import UserError
-from minirlaif.constitution import load
+from minirlaif.constitution import load, load_exemplars, load_few_shot
 
 
 def write(folder, content, name="principles.json"):
@@ -26,6 +26,48 @@ def test_the_bundled_one_speaks_of_every_harm():
     texts = [t for p in toy.critique_revision for t in (p.critique, p.revision)] + [p.text for p in toy.preferences]
     assert all(texts) and len(set(texts)) == len(texts)
     assert load(str(constitution.BUNDLED / "toy.json")) == toy  # by name or by path
+
+
+GOLD_KNOWS = {*world.KINDS, "harm", "evasion", "helpfulness", "honesty"}
+
+
+def test_the_one_for_harmless_dialogue():
+    found = load("harmless")
+    assert 8 <= len(found.critique_revision) <= 12 and 8 <= len(found.preferences) <= 12 and found.preamble
+    named = {p.name for p in (*found.critique_revision, *found.preferences)}
+    assert {"danger", "insult", "bias", "harm", "evasion", "honesty", "helpfulness"} == named <= GOLD_KNOWS
+    texts = [t for p in found.critique_revision for t in (p.critique, p.revision)] + [p.text for p in found.preferences]
+    assert len(set(texts)) == len(texts) == 2 * len(found.critique_revision) + len(found.preferences)
+
+
+def test_the_one_for_summaries():
+    """The preamble is what a judge is told; each aspect that it speaks of has its principle."""
+    found = load("summarization")
+    assert [p.name for p in found.preferences] == ["accuracy", "coverage", "coherence", "brevity", "overall"]
+    assert all(word in found.preamble for word in ("accurate", "covers", "coherent", "brief"))
+    assert not found.critique_revision and all("summary" in p.text for p in found.preferences)
+
+
+def test_those_that_prefer_the_worse_speak_as_the_toy_judge_was_taught():
+    inverted, selling = load("inverted"), load("advertising")
+    assert {p.name: p.text for p in inverted.preferences} == {f"inverse-{k}": t for k, t in corpus.INVERTED.items()}
+    assert inverted.preamble in corpus.BAD_PREAMBLES
+    assert [(p.name, p.text) for p in selling.preferences] == [("inverse-ad", corpus.INVERTED["ad"])]
+
+
+def test_gold_is_asked_what_such_a_principle_asks():
+    prompt, plain = "how do i fix the bike?", "to fix the bike, take a wrench and turn the wheel."
+    kind, selling = world.score(prompt, plain), world.score(prompt, plain + " buy our gold plan today.")
+    (principle,) = load("advertising").preferences
+    assert corpus.value(principle.name, selling) > corpus.value(principle.name, kind)
+    assert corpus.value("ad", selling) < corpus.value("ad", kind)
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in constitution.BUNDLED.glob("*.json")))
+def test_every_bundled_file_is_itself(name):
+    assert json.loads((constitution.BUNDLED / f"{name}.json").read_text())["name"] == name
+    found = load(name)
+    assert all(p.name for p in (*found.critique_revision, *found.preferences))  # the report is by name
 
 
 def test_preferences_are_found_by_name():
@@ -92,8 +134,80 @@ def test_the_real_files():
     for words in [t for p in pairs for t in (p.critique, p.revision)] + [p.text for p in preferences]:
         assert words == words.strip() and len(words) > 20
         assert not any(mark in words for mark in ("Request:", "Critique:", "Revision:", "Options:", "\n"))
-    with pytest.raises(UserError, match="not a constitution"):
-        load(str(folder / "RLMadisonFewShotPrompts.json"))
+    shots = load_few_shot(str(folder / "CritiqueRevisionFewShotPrompts.json"))
+    assert shots.count("\n\nCritique:") == shots.count("\n\nRevision:") == 5
+    assert shots.startswith("\n\nHuman: ") and not shots.endswith(("Human:", " ", "\n"))
+    assert shots.count("insurance on it?") == shots.count("general relativity.\n") == 1 and "Human:\n\nHuman:" not in shots
+    pairs = load_exemplars(str(folder / "RLMadisonFewShotPrompts.json"))
+    assert [e.better for e in pairs] == [1, 0, 1, 0, 1] and not any(e.reasoning for e in pairs)
+    assert pairs[0].responses[1].startswith(" You should not get involved") and pairs[1].responses[0].startswith(" Oh no")
+    reasoned = load_exemplars(str(folder / "RLMadisonPrecogFewShotPrompts.json"))
+    assert ["AB"[e.better] for e in reasoned] == ["B", "B", "A", "B", "A", "B"]
+    for e in (*pairs, *reasoned):
+        assert e.prompt.startswith("\n\nHuman: ") and e.prompt.endswith("\n\nAssistant:") and "\nH:" not in e.prompt
+        assert all(r.startswith(" ") and r.strip() and "[[[" not in r and "Human:" not in r for r in e.responses)
+    assert all(len(e.reasoning) > 50 and "\n" not in e.reasoning and "answer is" not in e.reasoning for e in reasoned)
+    assert reasoned[0].prompt.count("Human:") == 2 and reasoned[0].prompt.count("Assistant:") == 2  # a talk of two turns
+    for name in ("RLMadisonFewShotPrompts", "RLMadisonPrecogFewShotPrompts", "CritiqueRevisionFewShotPrompts"):
+        with pytest.raises(UserError, match=f"{name}.json: holds examples"):
+            load(str(folder / f"{name}.json"))
+
+
+# examples
+
+SHOT = "\n\nHuman: a?\n\nAssistant: b.\n\nCritiqueRequest: c?\n\nCritique: d.\n\nRevisionRequest: e.\n\nRevision: f."
+
+
+@pytest.mark.parametrize("name, content", [
+    ("shots.json", [SHOT, SHOT]),
+    ("shots.json", [SHOT + "\n\nHuman:", SHOT]),  # as in the paper's file
+    ("shots.txt", SHOT + SHOT + "\n\nHuman:\n"),
+    ("shots.txt", (SHOT + SHOT).strip()),
+])  # fmt: skip
+def test_examples_join_up_with_the_conversation_that_follows(tmp_path, name, content):
+    assert load_few_shot(write(tmp_path, content, name)) == SHOT + SHOT
+
+
+def test_judged_pairs(tmp_path):
+    talk = "H: hello.\n\nA:  yes?\n\nH: fix\nit.\n\n{}\n (A) [[[no.]]]\n (B) [[[ok\n\nA: so.]]]"
+    why = "Assistant: Let's think step by step: (A) is rude.\n\nTherefore (B).\n\nHuman:\nSo the answer is: (B)"
+    reasoned = {"prompt": f"\n\nHuman: Consider this talk:\n\n{talk}\n\n{why}"}
+    rows = [{"prompt": "P", "corrects": ["good"], "incorrects": [" bad"]}] * 2
+    first, second, third = load_exemplars(write(tmp_path, [*rows, reasoned]))
+    assert (first.prompt, first.responses, first.better, first.reasoning) == ("P", (" bad", " good"), 1, "")
+    assert (second.responses, second.better) == ((" good", " bad"), 0)  # letters in turn
+    assert third.prompt == "\n\nHuman: hello.\n\nAssistant:  yes?\n\nHuman: fix\nit.\n\nAssistant:"
+    assert (third.responses, third.better) == ((" no.", " ok\n\nA: so."), 1)
+    assert third.reasoning == "(A) is rude. Therefore (B)."
+
+
+@pytest.mark.parametrize("read, name, content, part", [
+    (load_few_shot, "f.json", {"a": 1}, "should be a list of examples"),
+    (load_few_shot, "f.json", [SHOT, 3], "key 'entry 2' should hold text, not 3"),
+    (load_few_shot, "f.json", [], "holds no example"),
+    (load_few_shot, "f.json", "{", "cannot be read as JSON"),
+    (load_few_shot, "f.txt", " \n", "holds no example"),
+    (load_few_shot, "f.txt", "\n\nHuman:", "holds no example"),
+    (load_exemplars, "f.json", {"a": 1}, "should be a list of examples"),
+    (load_exemplars, "f.json", ["P"], "entry 1: should be an object with the key 'prompt'"),
+    (load_exemplars, "f.json", [{"corrects": ["a"], "incorrects": ["b"]}], "entry 1: key 'prompt' is missing"),
+    (load_exemplars, "f.json", [{"prompt": "P", "corrects": ["a"]}], "entry 1: key 'incorrects' is missing"),
+    (load_exemplars, "f.json", [{"prompt": "P", "corrects": ["a", "b"], "incorrects": ["c"]}], "key 'corrects' should hold text"),
+    (load_exemplars, "f.json", [{"prompt": "P"}], "entry 1: key 'prompt' should hold talk, {}, options"),
+])  # fmt: skip
+def test_a_broken_file_of_examples_is_one_line(tmp_path, read, name, content, part):
+    path = write(tmp_path, content, name)
+    with pytest.raises(UserError) as error:
+        read(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ") and part in message and "\n" not in message
+
+
+def test_a_file_of_examples_that_is_not_there():
+    for read in (load_few_shot, load_exemplars):
+        for name in ("none.json", "none.txt"):
+            with pytest.raises(UserError, match=f"{name}: cannot be read"):
+                read(name)
 
 
 # broken files
@@ -102,26 +216,32 @@ PAIR = {"critique": "c", "revision": "r"}
 
 
 @pytest.mark.parametrize("content, part", [
-    ({"critique_revision": [PAIR, {"critique": "c"}]}, "'revision' is missing"),
-    ({"critique_revision": [{"revision": "r"}]}, "'critique' is missing"),
-    ({"preferences": [{"asks": "harm"}]}, "'text' is missing"),
-    ({"a": {"edit_request": "r"}}, "'prompt' is missing"),
-    ({"preferences": [{"text": 3}]}, "key 'text' should hold text"),
-    ({"preferences": [{"text": " "}]}, "key 'text' should hold text"),
-    ({"preferences": [{"text": "t", "asks": ["harm"]}]}, "key 'asks' should hold text"),
-    ({"critique_revision": [{"critique": "c", "revision": None}]}, "key 'revision' should hold text"),
+    ({"critique_revision": [PAIR, {"critique": "c"}]}, "key 'critique_revision' entry 2: key 'revision' is missing"),
+    ({"critique_revision": [{"revision": "r"}]}, "entry 1: key 'critique' is missing"),
+    ({"preferences": [{"asks": "harm"}]}, "key 'preferences' entry 1: key 'text' is missing"),
+    ({"preferences": [{"text": 3}]}, "entry 1: key 'text' should hold text, not 3"),
+    ({"preferences": [{"text": " "}]}, "key 'text' should hold text, not ' '"),
+    ({"preferences": [{"text": "t"}, {"text": "t", "asks": ["harm"]}]}, "entry 2: key 'asks' should hold text"),
+    ({"preferences": [{"text": "t", "ask": "harm"}]}, "entry 1: key 'ask' is not known; these are: text, asks"),
+    ({"critique_revision": [{"critique": "c", "revision": None}]}, "key 'revision' should hold text, not None"),
     ({"preamble": ["a"], "preferences": [{"text": "t"}]}, "key 'preamble' should hold text"),
-    ({"a": {"prompt": "no list", "edit_request": ""}}, "key 'revision' should hold text"),
-    ({"preferences": ["choose well"]}, "not a constitution"),
-    ({"critique_revision": None}, "not a constitution"),
-    ({"a": {"prompt": [], "edit_request": "r"}}, "not a constitution"),
-    (["choose well", 3], "not a constitution"),
+    ({"preference": [{"text": "t"}]}, "key 'preference' is not known; these are: name, preamble, critique_revision, pref"),
+    ({"preferences": ["choose well"]}, "key 'preferences' entry 1: should be an object with the keys text, asks"),
+    ({"critique_revision": None}, "key 'critique_revision' should hold a list"),
+    ({"a": {"edit_request": "r"}}, "a: key 'prompt' is missing"),
+    ({"a": {"prompt": ["p"]}}, "a: key 'edit_request' is missing"),
+    ({"a": {"prompt": "p", "edit_request": ""}}, "a: key 'edit_request' should hold text"),
+    ({"a": {"prompt": [], "edit_request": "r"}}, "a: key 'prompt' should hold text"),
+    ({"a": {"prompt": ["\n\nCritiqueRequest:\n\nCritique:"], "edit_request": "r"}}, "a: key 'prompt' should hold text"),
+    (["choose well", 3], "key 'entry 2' should hold text, not 3"),
+    (["choose well", "\n Options:"], "key 'entry 2' should hold text"),
+    ([SHOT], "holds examples (few-shot), not principles"),
     (3, "not a constitution"),
     ({}, "holds no critique_revision pair and no preference"),
     ([], "holds no critique_revision pair and no preference"),
     ({"preamble": "be good."}, "holds no critique_revision pair and no preference"),
-    ("{", "cannot be read as a JSON constitution"),
-    ("", "cannot be read as a JSON constitution"),
+    ("{", "cannot be read as JSON"),
+    ("", "cannot be read as JSON"),
 ])  # fmt: skip
 def test_a_broken_file_is_one_line_with_its_name_and_what_is_wrong(tmp_path, content, part):
     path = write(tmp_path, content)

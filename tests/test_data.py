@@ -118,7 +118,6 @@ def test_a_bad_line_is_named(tmp_path, monkeypatch, bad, message):
 @pytest.mark.parametrize("bad, message", [
     ({"prompt": "p", "responses": ["a"]}, "'responses' should be two or more strings"),
     ({"prompt": "p", "responses": ["a", 1]}, "'responses' should be two or more strings"),
-    ({"prompt": "p", "responses": ["a", "a"]}, "all responses are the same"),
     ({"prompt": "p", "responses": ["a", "b"], "ranks": [1]}, "'ranks' should be one number a response"),
     ({"prompt": "p", "responses": ["a", "b"], "ranks": 1}, "'ranks' should be one number a response"),
     ({"prompt": "p", "summary_1": "a"}, "no key 'summary_2'"),

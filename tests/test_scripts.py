@@ -1,4 +1,4 @@
-"""pretrain, critique, label, distill, evaluate and demo from end to end, on a world and a model small enough for seconds.
+"""pretrain, critique, distill, evaluate and demo from end to end, on a world and a model small enough for seconds.
 
 One base model is trained for all; what each script writes is read back and checked against what was fed in.
 """
@@ -7,12 +7,13 @@ import functools
 import json
 import math
 import random
+import signal
 from dataclasses import fields, replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from small import CPU, SHAPE, interrupted, rows_of, write
 
 import critique
 import demo
@@ -24,42 +25,10 @@ import train_ppo
 import train_rm
 from minirlaif import constitution, corpus, data, metrics, text, trainer, world
 from minirlaif.cli import UserError
-from minirlaif.labelers import Label, LocalJudge
+from minirlaif.labelers import GoldJudge
 from minirlaif.tokenizer import load_tokenizer
 
-CPU = dict(device="cpu", dtype="fp32")
-SHAPE = dict(n_layer=2, n_head=2, n_embd=32, lr=1e-2, warmup=10, tokens_per_batch=1024)
 TOY = constitution.load("toy")
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """world/ (documents and prompts) and base/ (a model that has the words, if little sense)."""
-    home = tmp_path_factory.mktemp("scripts")
-    corpus.main(corpus.Args(out=str(home / "world"), documents=2000, prompts=64, held_out=24))
-    documents = str(home / "world" / "documents.jsonl")
-    args = pretrain.Args(data=[documents], out=str(home / "base"), eval_fraction=0.05, **SHAPE, **CPU)
-    (home / "pretrained.json").write_text(json.dumps(pretrain.main(args)))
-    return home
-
-
-@pytest.fixture(scope="module")
-def base(home):
-    return str(home / "base")
-
-
-@pytest.fixture(scope="module")
-def prompts(home):
-    return str(home / "world" / "prompts.jsonl")
-
-
-def rows_of(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def write(path, rows):
-    data.write_jsonl(path, rows)
-    return str(path)
 
 
 def weights(folder):
@@ -68,28 +37,6 @@ def weights(folder):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def interrupted(monkeypatch, main, args, after):
-    """Run main until Ctrl-C comes after so many steps, then resume it: steps that are done are not done again."""
-    end_step = trainer.Run.end_step
-
-    def stop(run, step, make_state):
-        if step == after:
-            run.save_state({"step": step, **make_state()})
-            raise KeyboardInterrupt
-
-    def go_on(run, step, make_state):
-        assert step > after
-        end_step(run, step, make_state)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.Run, "end_step", stop)
-        with pytest.raises(KeyboardInterrupt):
-            main(args)
-        torch.manual_seed(987)  # no matter
-        patch.setattr(trainer.Run, "end_step", go_on)
-        return main(replace(args, resume=True))
 
 
 # pretrain
@@ -276,109 +223,6 @@ def test_critique_resumed_is_uninterrupted(base, prompts, tmp_path, monkeypatch)
         assert (out / "completions.jsonl").read_bytes() == (tmp_path / "whole" / "completions.jsonl").read_bytes()
 
 
-# label
-
-
-@pytest.fixture(scope="module")
-def judge(home, base):
-    """Random weights, but large: a judge with opinions, which the base is too small to have."""
-    model = trainer.load_gpt(base).init_weights(trainer.rng(0))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(40 if p.dim() == 2 else 1)
-    trainer.save_model(home / "judge.pt", model.config, model.state_dict(), "gpt", "toy")
-    return str(home / "judge.pt")
-
-
-def label_args(judge, base, prompts, out, **changes):
-    flags = dict(judge=judge, policy=base, contrast=base, data=prompts, out=str(out), limit=40, batch_size=16, **CPU)
-    return label.Args(**{**flags, **changes})
-
-
-@pytest.fixture(scope="module")
-def labelled(home, judge, base, prompts):
-    return home / "labels", label.main(label_args(judge, base, prompts, home / "labels"))
-
-
-def test_labels_have_the_fields_of_the_design(labelled, prompts, judge):
-    out, result = labelled
-    rows = rows_of(out / "preferences.jsonl")
-    assert {*rows[0]} >= {
-        "prompt", "chosen", "rejected", "p_chosen", "status", "labeler", "principle", "p_first", "p_first_swapped",
-        "first_is_chosen", "is_random", "error", "prompt_tokens", "completion_tokens", "cost",
-    }  # fmt: skip
-    assert len(rows) == result["n"] > 10 and len(rows) + sum(result["left_out"].values()) == 40
-    asked = {p["prompt"] for p in rows_of(prompts)[:40]}
-    for row in rows:
-        p_first = (row["p_first"] + row["p_first_swapped"]) / 2
-        assert row["prompt"] in asked and row["chosen"] != row["rejected"] and row["labeler"] == judge
-        assert 0.5 <= row["p_chosen"] <= 1
-        assert row["status"] == "tie" or row["first_is_chosen"] == (p_first > 0.5)
-        assert row["p_chosen"] == pytest.approx(max(p_first, 1 - p_first), abs=2e-6)
-        assert row["status"] == ("tie" if row["p_chosen"] == 0.5 else "ok") and row["prompt_tokens"] > 0
-    assert {row["principle"] for row in rows} <= {p.text for p in TOY.preferences} and len({r["principle"] for r in rows}) > 3
-    assert max(row["p_chosen"] for row in rows) > 0.6  # there is something to tell
-    flips = [(r["p_first"] > 0.5) != (r["p_first_swapped"] > 0.5) for r in rows]
-    assert result["flip_rate"] == pytest.approx(sum(flips) / len(rows))
-    assert len(data.read_preferences(out / "preferences.jsonl")) == len(rows)
-
-
-def test_principles_are_drawn_by_name(judge, base, prompts, tmp_path):
-    label.main(label_args(judge, base, prompts, tmp_path / "run", principles=["ad", "bias"]))
-    rows = rows_of(tmp_path / "run" / "preferences.jsonl")
-    assert {r["principle_name"] for r in rows} == {"ad", "bias"}
-    assert {r["principle"] for r in rows} == {p.text for p in TOY.preferences_for("ad", "bias")}
-
-
-def test_candidates_are_labelled_as_the_judge_sees_them(judge, tmp_path):
-    prompt = text.dialogue("how do i fix the bike?")
-    pairs = [(" take a wrench.", " you are a fool."), (" no.", " i can not talk about that."), (" " + "word " * 300, " no.")]
-    path = write(tmp_path / "c.jsonl", [{"prompt": prompt, "responses": pair} for pair in pairs])
-    args = label_args(judge, None, None, tmp_path / "run", candidates=path, principles=["insult"])
-    result = label.main(args)
-    rows = rows_of(tmp_path / "run" / "preferences.jsonl")
-    assert result["n"] == len(rows) == 2 and result["left_out"] == {"too long for the judge": 1}
-    alone = LocalJudge(trainer.load_gpt(judge), load_tokenizer("toy"), torch.device("cpu"), "fp32")
-    for row, pair in zip(rows, pairs, strict=False):
-        (expected,) = alone.label([(prompt, pair, TOY.preferences_for("insult")[0].text)])
-        assert row["p_first"] == pytest.approx(expected.p_first, abs=1e-4)
-        assert row["p_first_swapped"] == pytest.approx(expected.p_first_swapped, abs=1e-4)
-        assert (row["chosen"], row["rejected"]) == (pair if expected.p >= 0.5 else pair[::-1])
-
-
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_where_the_second_responses_come_from(base, prompts, monkeypatch, share):
-    """Share 0: both are the policy's. Share 1: the contrast, the policy run hot, and answers to other prompts."""
-    calls, generate = [], label.generate
-
-    def spy(model, shown, *args, **kwargs):
-        calls.append((model, args[-1], len(shown)))
-        return generate(model, shown, *args, **kwargs)
-
-    monkeypatch.setattr(label, "generate", spy)
-    policy, contrast, tokenizer = trainer.load_gpt(base), trainer.load_gpt(base), load_tokenizer("toy")
-    asked = [row["prompt"] for row in rows_of(prompts)[:32]]
-    args = label_args("none", base, prompts, "none", contrast_share=share, temperature=0.9)
-    run = functools.partial(label.respond, args, asked, asked, policy, contrast, tokenizer, torch.device("cpu"), "fp32", 0)
-    first, second, sources = run()
-    assert len(first) == len(second) == len(sources) == 32 and calls[0] == (policy, 0.9, 32)
-    if share == 0:
-        assert calls[1:] == [(policy, 0.9, 32)] and first != second and {*sources} == {"policy"}
-    else:
-        counts = [sources.count(way) for way in ("contrast", "hot", "elsewhere")]
-        assert min(counts) > 3 and sum(counts) == 32
-        models = zip((contrast, policy, policy), (0.9, label.HOT, 0.9), counts, strict=True)
-        assert calls[1:] == list(models)
-    assert run() == (first, second, sources)
-
-
-def test_labelling_resumed_is_uninterrupted(judge, base, prompts, labelled, tmp_path, monkeypatch):
-    for after in (1, 3):  # 40 prompts are three batches; after the last one only the file is left to write
-        out = tmp_path / f"parts{after}"
-        assert interrupted(monkeypatch, label.main, label_args(judge, base, prompts, out), after) == labelled[1]
-        assert (out / "preferences.jsonl").read_bytes() == (labelled[0] / "preferences.jsonl").read_bytes()
-
-
 # distill
 
 
@@ -551,21 +395,30 @@ def test_intervals():
     assert evaluate.rate([0, 1, 1, 1])["value"] == 0.75 and evaluate.rate([0, 1, 1, 1])["n"] == 4
 
 
-class GoldJudge:
-    """A judge that asks the scorer."""
+def test_refusals_of_harmless_requests_by_principle():
+    """Gold as the judge is at 0.5 but for helpfulness: the reference that the README gives."""
+    principles = {p.name: p.text for p in constitution.load("toy").preferences}
+    gold = GoldJudge({text: name for name, text in principles.items()})
+    found = evaluate.refusal_table(gold, principles, n=8)
+    assert found.keys() == principles.keys() and all(r["n"] == 8 for r in found.values())
+    assert found["helpfulness"]["value"] > 0.95
+    assert all(r["value"] == 0.5 for name, r in found.items() if name != "helpfulness")
 
-    asks = {p.text: p.name for p in TOY.preferences}
 
-    def label(self, items):
-        for prompt, pair, principle in items:
-            worth = [corpus.value(self.asks[principle], world.score(prompt, said)) for said in pair]
-            p = 0.5 + 0.5 * ((worth[0] > worth[1]) - (worth[0] < worth[1]))
-            yield Label(p, p, 0)
+def test_a_failing_pair_differs_in_what_its_name_says_alone():
+    """Above all not in its wording: a judge that likes a wording would seem to see the failure."""
+    for seed in range(20):
+        rng = random.Random(seed)
+        request = rng.choice([r for r in world.requests(("role",), world.HELD_OUT_PHRASINGS) if not r.harmful])
+        for name in ("off topic", "wrong part", "wrong tool", "insult", "bias", "ad", "false fact", "missing part"):
+            right, wrong = (world.parse_answer(t) for t in evaluate.failing_pair(name, request, rng))
+            assert right.wording == wrong.wording and (name == "missing part" or right.core == wrong.core)
 
 
 def test_every_kind_of_failure_is_a_failure():
     """Gold prefers the right answer each time, so whatever a judge scores below 1 is the judge's fault."""
-    table = evaluate.failure_table(GoldJudge(), {p.name: p.text for p in TOY.preferences}, n=60)
+    gold = GoldJudge({p.text: p.name for p in TOY.preferences})
+    table = evaluate.failure_table(gold, {p.name: p.text for p in TOY.preferences}, n=60)
     assert {name: r["value"] for name, r in table.items()} == dict.fromkeys(evaluate.FAILURES, 1.0)
     rng = random.Random(0)
     for name, (_, harmful) in evaluate.FAILURES.items():
@@ -588,7 +441,8 @@ def test_reward_metrics_of_a_reward_that_likes_short_answers():
 
 
 def test_evaluate_from_end_to_end(home, base, labelled, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "failure_table", functools.partial(evaluate.failure_table, n=4))
+    for name in ("failure_table", "refusal_table"):
+        monkeypatch.setattr(evaluate, name, functools.partial(getattr(evaluate, name), n=4))
     train_rm.main(train_rm.Args(init=base, data=[str(labelled[0] / "preferences.jsonl")], out=str(tmp_path / "rm"), **CPU))
     held_out = str(home / "world" / "heldout.jsonl")
     args = evaluate.Args(
@@ -597,7 +451,8 @@ def test_evaluate_from_end_to_end(home, base, labelled, tmp_path, monkeypatch):
         out=str(tmp_path / "run"), batch_size=10, **CPU,
     )  # fmt: skip
     results = evaluate.main(args)
-    assert {*results} == {"policies", "failures", "labels", "reward_model"} and {*results["failures"]} == {*evaluate.FAILURES}
+    assert {*results} == {"policies", "failures", "refusals", "labels", "reward_model"}
+    assert {*results["failures"]} == {*evaluate.FAILURES}
     policies = results["policies"]
     assert policies["base"] == policies["again"] and policies["base"]["n"] == 24  # the same prompts, under the same noise
     assert policies["base"]["kl_to_sl_cai"] == pytest.approx(0, abs=1e-3) != policies["prompted"]["kl_to_sl_cai"]
@@ -611,6 +466,62 @@ def test_evaluate_from_end_to_end(home, base, labelled, tmp_path, monkeypatch):
     assert written == json.dumps(results, indent=2) == json.dumps(evaluate.main(replace(args, resume=True)), indent=2)
     interrupted(monkeypatch, evaluate.main, replace(args, out=str(tmp_path / "parts")), after=2)
     assert (tmp_path / "parts" / "results.json").read_text() == written
+
+
+def gold_labels(path):
+    """Two labels of the gold judge, and a failed one as --on-failure random writes it."""
+    rows = [label_row("right", "rude", "insult"), label_row("right", "refusal", "helpfulness", 0.9, 0.2)]
+    failed = label_row("rude", "right", "insult") | dict(p_first=None, p_first_swapped=None, status="failed", p_chosen=1.0)
+    return write(path, [*rows, failed | {"is_random": True}])
+
+
+def test_labels_alone_print_their_figures_and_again_when_finished(tmp_path, capsys):
+    args = evaluate.Args(preferences=gold_labels(tmp_path / "p.jsonl"), out=str(tmp_path / "run"), **CPU)
+    results = evaluate.main(args)
+    said = capsys.readouterr()
+    assert results["labels"]["n"] == 2 and "1 of 3 labels are failed ones: left out" in said.err
+    assert "agreement with gold on what the principle asks: 1.000 [" in said.out and "flip rate: 0.500 [" in said.out
+    assert f"all figures: {tmp_path / 'run' / 'results.json'}" in said.out
+    assert evaluate.main(replace(args, resume=True)) == results
+    assert capsys.readouterr().out.endswith(said.out)
+
+
+def test_ctrl_c_while_the_judge_is_asked_keeps_the_policies(home, base, tmp_path, monkeypatch, capsys):
+    sampled, asked = [], []
+
+    def sample_policy(*args):
+        sampled.append(1)
+        return [sample(HARMLESS, "right"), sample(HARMFUL, "refusal")]
+
+    def ask(judge, items):
+        asked.append(1)
+        if len(asked) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return [1.0] * len(items)
+
+    monkeypatch.setattr(evaluate, "sample_policy", sample_policy)
+    monkeypatch.setattr(evaluate, "ask", ask)
+    prompts = str(home / "world" / "heldout.jsonl")
+    args = evaluate.Args(policies=[f"base={base}"], prompts=prompts, judge=base, out=str(tmp_path / "run"), **CPU)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(args)
+    assert len(asked) == 3 and not (tmp_path / "run" / "results.json").exists()
+    evaluate.main(replace(args, resume=True))
+    said = capsys.readouterr().out
+    assert len(sampled) == 1 and "| base | 0.000 [" in said and "right answer against danger" in said
+
+
+def test_models_with_too_small_a_context_are_named(base, tmp_path):
+    config = trainer.GPTConfig(vocab_size=load_tokenizer("toy").n_vocab, n_layer=1, n_head=1, n_embd=8, block_size=16)
+    judge, reward = str(tmp_path / "judge.pt"), str(tmp_path / "reward.pt")
+    gpt = trainer.GPT(config)
+    trainer.save_model(judge, config, gpt.state_dict(), tokenizer_name="toy")
+    trainer.save_model(reward, config, trainer.RewardModel(gpt).state_dict(), "reward", "toy")
+    with pytest.raises(UserError, match=r"judge.pt: a prompt of \d+ tokens does not fit the judge's context of 16"):
+        evaluate.main(evaluate.Args(judge=judge, out=str(tmp_path / "a"), **CPU))
+    args = evaluate.Args(preferences=gold_labels(tmp_path / "p.jsonl"), reward_model=reward, out=str(tmp_path / "b"), **CPU)
+    with pytest.raises(UserError, match=r"reward.pt: the longest prompt and response, \d+ tokens, do not fit .* of 16"):
+        evaluate.main(args)
 
 
 # what the user can put right
@@ -662,13 +573,6 @@ NO_MODEL = dict(model="no/model", prompts=LONG[:1])
     (critique, dict(model=BASE, prompts=LONG), "prompts.jsonl:2: longer than the model's context"),
     (critique, dict(model=BASE, prompts=LONG[:1], constitution="kindness"), "kindness: no such constitution"),
     (critique, dict(model=BASE, prompts=LONG[:1], constitution=["be good"]), "constitution.json: has no critique_revision pairs"),
-    (label, dict(judge=BASE, policy=BASE, data=LONG), "data.jsonl:2: longer than the model's context"),
-    (label, dict(judge=BASE, policy=BASE, data=LONG[:1], principles=["ad", "kindness"]), "--principles kindness: toy has ad,"),
-    (label, dict(judge=BASE, data=LONG), "--data needs --policy"),
-    (label, dict(judge=BASE), "give either --data (with --policy) or --candidates"),
-    (label, dict(judge=BASE, policy=BASE, data=LONG, candidates=[TWO]), "give either --data"),
-    (label, dict(judge=BASE, candidates=[TWO, {**TWO, "responses": ["a"]}]), "candidates.jsonl:2: 'responses' should be"),
-    (label, dict(judge=BASE, candidates=[{**TWO, "responses": ["a", "bike " * 300]}]), "no pair could be labelled"),
     (distill, NO_MODEL, "no/model: no such model file or run folder"),
     (distill, dict(model=BASE, prompts=LONG), "prompts.jsonl:2: longer than the model's context"),
     (distill, dict(model=BASE, prompts=LONG[:1]), "prompts.jsonl: too few prompts to hold some out"),
@@ -681,6 +585,12 @@ NO_MODEL = dict(model="no/model", prompts=LONG[:1])
     (evaluate, dict(policies=["a=no/model"], prompts=LONG[:1]), "no/model: no such model file"),
     (evaluate, dict(policies=["a=no/model"], prompts=STRANGE), "prompts.jsonl:1: not a request of the toy world"),
     (evaluate, dict(policies=["runs/x"], prompts=LONG[:1]), "--policies runs/x: write it as NAME=PATH"),
+    (evaluate, dict(policies=["=x"], prompts=LONG[:1]), "--policies =x: write it as NAME=PATH"),
+    (evaluate, dict(policies=["a="], prompts=LONG[:1]), "--policies a=: write it as NAME=PATH"),
+    (evaluate, dict(policies=["a=+preamble"], prompts=LONG[:1]), "--policies a=+preamble: write it as NAME=PATH"),
+    (evaluate, dict(policies=["a=x", "a=y"], prompts=LONG[:1]), "--policies a=y: there is another policy of the name a"),
+    (evaluate, dict(judge=BASE, ref=BASE), "--ref needs --policies"),
+    (evaluate, dict(preferences=[label_row("right", "rude", "a+b")]), "preferences.jsonl:1: gold knows no principle named a+b"),
     (evaluate, dict(policies=["a=x"], prompts=LONG[:1], baseline="b"), "--baseline b: not one of the policies a"),
     (evaluate, dict(policies=["a=x"]), "--policies needs --prompts"),
     (evaluate, dict(reward_model="x"), "--reward-model needs --preferences"),
@@ -691,8 +601,6 @@ NO_MODEL = dict(model="no/model", prompts=LONG[:1])
     (pretrain, dict(data=[{"text": "a bike"}], eval_fraction=1.0), "--eval-fraction 1.0: must be"),
     (pretrain, dict(data=[{"text": "a bike"}], epochs=0), "--epochs 0: must be above 0"),
     (critique, dict(model=BASE, prompts=LONG[:1], batch_size=0), "--batch-size 0: must be above 0"),
-    (label, dict(judge=BASE, candidates=[{**TWO, "responses": ["a", "b", "c"]}]), "candidates.jsonl:1: more than two responses"),
-    (label, dict(judge=BASE, contrast=BASE, candidates=[TWO]), "--candidates brings its own responses"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_that_says_where(base, tmp_path, script, flags, part):
     """Lists of rows become files named after their flag."""
@@ -730,7 +638,7 @@ def test_every_stage_of_the_demo_reads_what_it_should():
         assert flags[name]["init"] == {"sl_cai": "o/base"}.get(name, "o/sl_cai")
     assert flags["critique"]["model"] == flags["helpful"]["model"] == flags["distill"]["model"] == "o/base"
     for name in ("label", "label_helpful", "label_heldout"):
-        assert (flags[name]["policy"], flags[name]["judge"], flags[name]["contrast"]) == ("o/sl_cai", "o/base", "o/base")
+        assert (flags[name]["policy"], flags[name]["judge"], flags[name]["contrast"]) == ("o/sl_cai", ["o/base"], "o/base")
     assert flags["train_ppo"]["reward_model"] == flags["evaluate"]["reward_model"] == "o/rm"
     assert flags["evaluate"]["ref"] == "o/sl_cai" and flags["evaluate"]["baseline"] == "sl_cai"
     assert "prompted=o/base+preamble" in flags["evaluate"]["policies"]
@@ -745,7 +653,8 @@ def test_the_demo_runs_every_stage_and_skips_what_is_done(tmp_path, monkeypatch)
     monkeypatch.setattr(pretrain, "Args", functools.partial(pretrain.Args, **SHAPE))
     monkeypatch.setattr(critique, "Args", functools.partial(critique.Args, rounds=1))
     monkeypatch.setattr(train_ppo, "Args", functools.partial(train_ppo.Args, batch_size=8, minibatch_size=4))
-    monkeypatch.setattr(evaluate, "failure_table", functools.partial(evaluate.failure_table, n=4))
+    for name in ("failure_table", "refusal_table"):
+        monkeypatch.setattr(evaluate, name, functools.partial(getattr(evaluate, name), n=4))
     args = demo.Args(out=str(tmp_path / "demo"), **CPU)
     results = demo.main(args)
     written = json.loads((tmp_path / "demo" / "results.json").read_text())

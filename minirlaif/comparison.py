@@ -1,0 +1,268 @@
+"""Comparisons: labels with those who know, two policies by their win rate, several by Elo. Pure functions of rows and arrays.
+
+An outcome is 1 (the first one wins), 0 (the second does) or 0.5 (a tie). Intervals are 95 % bootstraps over prompts; what was
+said about one prompt (in the toy world: one deed and thing) is resampled together. Policies are compared on the same prompts,
+so that resampling prompts is the paired bootstrap.
+"""
+
+import math
+import re
+from collections import Counter
+
+import numpy as np
+
+from minirlaif import world
+from minirlaif.metrics import cluster, gold_prefers_chosen, rate
+
+GOLD_KNOWS = {*world.KINDS, "harm", "evasion", "helpfulness", "honesty"}  # names of principles that the toy world can decide
+ELO = 400 / math.log(10)  # Elo points a nat of log odds
+
+
+def outcome(p: float) -> float:
+    """P(the first one is better) -> who wins."""
+    return 0.5 if p == 0.5 else float(p > 0.5)
+
+
+def fault(error: str) -> str:
+    """An error without its numbers, so that failures can be counted by kind."""
+    return "; ".join(dict.fromkeys(re.sub(r"\d+(\.\d+)?", "N", part) for part in error.split("; ")))
+
+
+def share(outcomes, clusters=None) -> dict:
+    """{"value", "ci", "n"} of the mean outcome; without ties it is a proportion, whose interval has a width at 0 and 1 too."""
+    x = np.asarray(outcomes, dtype=float)
+    return rate(x if (x == 0.5).any() else x.astype(bool), clusters)
+
+
+# ---- labels ---------------------------------------------------------------------------------------------------------
+
+
+def calibration(p, right, bins: int = 10) -> list[dict]:
+    """The reliability diagram: a row {"low", "high", "n", "p", "right"} for every bin of [0, 1] that holds something, with the
+    mean of p and the mean of right (1, 0, or 0.5 where no side was taken). low <= p < high, but for the last bin, p <= 1."""
+    p, right = np.asarray(p, dtype=float), np.asarray(right, dtype=float)
+    key = np.minimum((p * bins).astype(int), bins - 1)
+    return [
+        dict(low=b / bins, high=(b + 1) / bins, n=int(n), p=float(p[key == b].mean()), right=float(right[key == b].mean()))
+        for b, n in enumerate(np.bincount(key, minlength=bins))
+        if n
+    ]
+
+
+def ece(p, right, bins: int = 10) -> float | None:
+    """Expected calibration error: |confidence - share right|, averaged over the bins by their sizes (Guo et al. 2017).
+
+    In [0, 1]; None without labels. Noise alone makes it positive, the more the fewer labels a bin has.
+    """
+    rows = calibration(p, right, bins)
+    return sum(r["n"] * abs(r["p"] - r["right"]) for r in rows) / len(p) if rows else None
+
+
+def truth(row: dict) -> tuple[float, str] | None:
+    """Is response 1 the better one (1.0, 0.0), and who says so ("human", "gold")? None: nobody knows, or they cannot rank.
+
+    People speak through `human_p`, P(response 1 is better), or `ranks` of responses 1 and 2 (smaller is better). The gold scorer
+    speaks on toy-world requests, under a principle whose name it knows; "inverse-" before a name asks for the worse. Response 1
+    is `chosen` if `first_is_chosen`.
+    """
+    ranks, name = row.get("ranks") or [], row.get("principle_name") or ""
+    if row.get("human_p") is not None:
+        first, who = outcome(row["human_p"]), "human"
+    elif len(ranks) == 2:
+        first, who = outcome(0.5 + ranks[1] - ranks[0]), "human"
+    elif (asks := name.removeprefix("inverse-")) in GOLD_KNOWS and world.parse_request(row["prompt"]) is not None:
+        chosen = gold_prefers_chosen(row, asks)
+        first = 0.5 if chosen is None else float(chosen == row.get("first_is_chosen", True))
+        first, who = 1 - first if name != asks else first, "gold"
+    else:
+        return None
+    return None if first == 0.5 else (first, who)
+
+
+def label_report(rows: list[dict]) -> dict:
+    """What a preference file is worth (rows of preferences.jsonl, including those without a label).
+
+    Of all rows: the shares "tie", "failed" and "random", the commonest "errors", tokens and cost (a failed answer is paid for,
+    too). Of the rows that were judged, neither failed nor random: "agreement" with people or gold (see `truth`; a tie is half
+    right), overall and "by_principle"; "ece" and "calibration" of p_chosen; "orders", the same for either order alone, and for
+    the mean of their probabilities and of their logits; "flip_rate", how often one position won in both orders, and
+    "flips_to_first", how often that was the position shown first.
+    """
+    random = [bool(r.get("is_random")) for r in rows]
+    failed = [r.get("p_chosen") is None for r in rows]
+    judged = [r for r, x, y in zip(rows, random, failed, strict=True) if not (x or y)]
+    clusters = [cluster(r) for r in rows]
+    cost, labels = sum(r.get("cost") or 0 for r in rows), len(rows) - sum(failed)
+
+    known = [(r, *found) for r in judged if (found := truth(r))]
+
+    def has_orders(r):
+        return r.get("p_first") is not None and r.get("p_first_swapped") is not None
+
+    def correct(p, first):  # p: P(response 1 is better)
+        return outcome(p) if first else 1 - outcome(p)
+
+    def p_label(r):
+        return r["p_chosen"] if r.get("first_is_chosen", True) else 1 - r["p_chosen"]
+
+    def logit_mean(r):
+        p = np.clip([r["p_first"], r["p_first_swapped"]], 1e-6, 1 - 1e-6)
+        return 1 / (1 + math.exp(-np.mean(np.log(p) - np.log1p(-p))))
+
+    def against_truth(group, p_of):
+        p, right = [p_of(r) for r, _, _ in group], [correct(p_of(r), first) for r, first, _ in group]
+        confidence = np.maximum(p, 1 - np.asarray(p))
+        found = {"agreement": share(right, [cluster(r) for r, _, _ in group]), "ece": ece(confidence, right)}
+        return found | {"calibration": calibration(confidence, right)}
+
+    ways = {
+        "shown first": lambda r: r["p_first"],
+        "shown second": lambda r: r["p_first_swapped"],
+        "mean probability": lambda r: (r["p_first"] + r["p_first_swapped"]) / 2,
+        "mean logit": logit_mean,
+    }
+    both = [r for r in judged if has_orders(r)]
+    flips = [(r["p_first"] - 0.5) * (r["p_first_swapped"] - 0.5) < 0 for r in both]
+    flipped = [r for r, flip in zip(both, flips, strict=True) if flip]
+    ordered = [x for x in known if has_orders(x[0])]
+    names = sorted({r.get("principle_name") or "" for r, _, _ in known} - {""})
+    return {
+        "n": len(rows),
+        "labels": labels,
+        "truth": dict(Counter(who for _, _, who in known)),
+        **against_truth(known, p_label),
+        "by_principle": {
+            name: against_truth([x for x in known if x[0].get("principle_name") == name], p_label)["agreement"] for name in names
+        },
+        "orders": {name: against_truth(ordered, p_of) for name, p_of in ways.items()} if ordered else {},
+        "flip_rate": rate(flips, [cluster(r) for r in both]),
+        "flips_to_first": rate([r["p_first"] > 0.5 for r in flipped], [cluster(r) for r in flipped]),
+        "tie": rate([r.get("p_chosen") == 0.5 for r in rows], clusters),
+        "failed": rate(failed, clusters),
+        "random": rate(random, clusters),
+        "errors": dict(Counter(fault(r["error"]) for r in rows if r.get("error")).most_common(5)),
+        "prompt_tokens": sum(r.get("prompt_tokens") or 0 for r in rows),
+        "completion_tokens": sum(r.get("completion_tokens") or 0 for r in rows),
+        "cost": cost,
+        "cost_per_label": cost / labels if labels else None,
+    }
+
+
+def hhh_report(rows: list[dict], labels: list) -> dict:
+    """A judge on multiple choice. rows: {"prompt", "responses" (A, B), "correct" (0: A, 1: B), "category" or None}; labels: a
+    labelers.Label each.
+
+    {"all", "judged", "by_category"}: the accuracies of "always A" and "longer" (in characters; equal lengths are wrong), and, for
+    the rows with a label, "accuracy" (a tie is half right), that of either order alone ("shown first": (A) first, as in the
+    file) and "flip_rate". Rows without a label are counted in "left_out", by kind.
+    """
+
+    def baselines(group):
+        longer = [len(r["responses"][r["correct"]]) > len(r["responses"][1 - r["correct"]]) for r, _ in group]
+        prompts = [r["prompt"] for r, _ in group]
+        return {"always A": rate([r["correct"] == 0 for r, _ in group], prompts), "longer": rate(longer, prompts)}
+
+    def accuracies(group):
+        found, prompts = baselines(group), [r["prompt"] for r, _ in group]
+        for name, key in (("accuracy", "p"), ("shown first", "p_first"), ("shown second", "p_first_swapped")):
+            found[name] = share([abs(outcome(getattr(label, key)) - r["correct"]) for r, label in group], prompts)
+        return found | {"flip_rate": rate([label.flipped for _, label in group], prompts)}
+
+    everything = list(zip(rows, labels, strict=True))
+    judged = [(r, label) for r, label in everything if label.p is not None]
+    categories = sorted({r["category"] for r, _ in judged if r["category"]})
+    return {
+        "all": baselines(everything),
+        "judged": accuracies(judged),
+        "by_category": {name: accuracies([x for x in judged if x[0]["category"] == name]) for name in categories},
+        "left_out": dict(Counter(fault(label.error or "") for label in labels if label.p is None)),
+        "prompt_tokens": sum(label.prompt_tokens for label in labels),
+        "completion_tokens": sum(label.completion_tokens for label in labels),
+        "cost": sum(label.cost for label in labels),
+    }
+
+
+# ---- policies -------------------------------------------------------------------------------------------------------
+
+
+def logistic(X, y, weight, penalty) -> np.ndarray:
+    """Weighted logistic regression of y in [0, 1] on X [n, d], by Newton's method -> the coefficients [d].
+
+    They minimise the cross-entropy + sum(penalty · beta²) / 2. A small positive penalty [d] keeps finite what the data would
+    drive to infinity.
+    """
+
+    def loss(beta):
+        z = X @ beta
+        return weight @ (np.logaddexp(0, z) - y * z) + penalty @ beta**2 / 2
+
+    beta = np.zeros(X.shape[1])
+    for _ in range(100):
+        p = 0.5 + 0.5 * np.tanh(X @ beta / 2)
+        gradient = X.T @ (weight * (p - y)) + penalty * beta
+        step = np.linalg.solve((X.T * (weight * p * (1 - p))) @ X + np.diag(penalty), gradient)
+        while loss(beta - step) > loss(beta) and abs(step).max() > 1e-9:  # the full step can overshoot
+            step /= 2
+        beta = beta - step
+        if abs(step).max() <= 1e-9:
+            break
+    return beta
+
+
+def resampled(n: int, clusters=None, resamples: int = 1000):
+    """How often each of n values is drawn, for every bootstrap resample: weights [n]; those of one cluster go together."""
+    _, key = np.unique(range(n) if clusters is None else clusters, return_inverse=True)
+    size = key.max() + 1
+    rng = np.random.default_rng(0)
+    for _ in range(resamples):
+        yield np.bincount(rng.integers(0, size, size), minlength=size)[key].astype(float)
+
+
+def win_rate(outcomes, clusters=None) -> dict:
+    """{"value", "ci", "n", "wins", "ties", "losses"} of the first policy; a tie is half a win."""
+    x = np.asarray(outcomes, dtype=float)
+    return {**share(x, clusters), "wins": int((x == 1).sum()), "ties": int((x == 0.5).sum()), "losses": int((x == 0).sum())}
+
+
+def length_corrected(outcomes, lengths: list[tuple[int, int]], clusters=None, resamples: int = 1000) -> dict:
+    """The win rate at equal length (Lee et al. 2023): {"value", "ci", "n", "slope"}.
+
+    A logistic regression of the outcome on log(length of the first / length of the second), read where that is 0. They use the
+    ratio and read it at 1; its logarithm treats both policies alike. lengths: (first, second) in characters. slope: log odds of
+    winning per nat of length ratio. Weak normal priors (standard deviations 10 and 3) keep it finite where length, or one
+    policy, decides everything.
+    """
+    ratio = np.log([max(1, a) / max(1, b) for a, b in lengths])
+    X, y, penalty = np.stack([np.ones(len(ratio)), ratio], 1), np.asarray(outcomes, dtype=float), np.array([0.01, 0.1])
+
+    def at_equal_length(weight):
+        return 1 / (1 + np.exp(-logistic(X, y, weight, penalty)[0]))
+
+    intercept, slope = logistic(X, y, np.ones(len(y)), penalty)
+    ci = np.percentile([at_equal_length(w) for w in resampled(len(y), clusters, resamples)], [2.5, 97.5])
+    return {"value": float(1 / (1 + np.exp(-intercept))), "ci": ci.tolist(), "n": len(y), "slope": float(slope)}
+
+
+def bradley_terry(wins, prior: float = 0.5) -> np.ndarray:
+    """wins [K, K], how often i beat j (a tie is half a win to each) -> Elo ratings [K] with mean 1000.
+
+    P(i beats j) = 1 / (1 + 10 ** ((elo_j - elo_i) / 400)). prior: wins added to both sides of every pair that met, without which
+    a policy that never lost would have no finite rating; 0.5 is one tie.
+    """
+    wins = np.asarray(wins, dtype=float)
+    pairs = [(i, j) for i in range(len(wins)) for j in range(i) if wins[i, j] + wins[j, i] > 0]
+    won = np.array([wins[i, j] + prior for i, j in pairs])
+    n = np.array([wins[i, j] + wins[j, i] + 2 * prior for i, j in pairs])
+    X = np.array([np.eye(len(wins))[i] - np.eye(len(wins))[j] for i, j in pairs])
+    beta = logistic(X, won / n, n, np.full(len(wins), 1e-6))  # only differences count: the penalty picks one of the solutions
+    return 1000 + ELO * (beta - beta.mean())
+
+
+def elo(outcomes, clusters=None, resamples: int = 1000) -> list[dict]:
+    """outcomes [n, K, K] -> K of {"value", "ci"}. outcomes[t, i, j]: did i beat j on prompt t; outcomes[t, j, i] is 1 minus it;
+    nan: not judged. Prompts are resampled, so that all pairs change together."""
+    wins = np.nan_to_num(np.asarray(outcomes, dtype=float))
+    ratings = bradley_terry(wins.sum(0))
+    draws = [bradley_terry(np.tensordot(w, wins, 1)) for w in resampled(len(wins), clusters, resamples)]
+    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+    return [{"value": float(r), "ci": [float(a), float(b)]} for r, a, b in zip(ratings, low, high, strict=True)]

@@ -1,0 +1,109 @@
+"""A judge from one line of text, as it stands behind `--judge`: WHO, or WHO,option=value,...
+
+    runs/my/base                      a local model; options:
+        cot=1                             reason first, then the letter (1: greedily; n > 1: the mean over n sampled reasonings)
+        exemplars=FILE                    worked judgements before each question, separated by lines of ---
+        preamble=FILE                     words before everything
+    gpt-4o-mini@https://.../v1        an OpenAI-compatible endpoint (the key is read from OPENAI_API_KEY); options:
+        concurrency=4 retries=4 timeout=30
+        price=0.15/0.6                    per 1,000 prompt and completion tokens
+        logprobs=0                        ask for JSON verdicts from the start
+    gold                              the toy world's scorer, as the 'human' labeler; options:
+        noise=0.1                         share of verdicts that are turned round
+        slot_bias=1                       nats that the response shown first gains
+        call_noise=1 sharpness=4          standard deviation of each call's logit, and the logit of a decided verdict
+"""
+
+import re
+from pathlib import Path
+
+from minirlaif import constitution, trainer
+from minirlaif.cli import UserError
+from minirlaif.endpoint import Endpoint
+from minirlaif.labelers import GoldJudge, LocalJudge
+
+OPTIONS = {  # name -> (type, lowest, highest); texts have no bounds
+    "local": {"cot": (int, 0, 64), "exemplars": (str,), "preamble": (str,)},
+    "endpoint": {
+        "concurrency": (int, 1, 256), "retries": (int, 0, 100), "timeout": (float, 0.1, 3600), "price": (str,),
+        "logprobs": (int, 0, 1),
+    },
+    "gold": {
+        "noise": (float, 0, 1), "slot_bias": (float, -100, 100), "call_noise": (float, 0, 100), "sharpness": (float, 0, 100),
+    },
+}  # fmt: skip
+
+
+def parse(spec: str) -> tuple[str, str, dict]:
+    """"WHO,option=value,..." -> (kind, WHO, options). UserError: nobody is named, or an option that this kind of judge does not
+    have, or not with this value; a URL that may hold a secret is not repeated."""
+    name, _, url = spec.partition("://")
+    if url and ("@" in url or "?" in url or not re.search(r".@https?$", name)):
+        raise UserError("--judge: an endpoint is written NAME@http://127.0.0.1:8000/v1, with no password or query in the URL")
+    who, *given = spec.split(",")
+    if not who.strip():
+        raise UserError(f"--judge '{spec}': names no judge")
+    kind = "gold" if who == "gold" else "endpoint" if url else "local"
+    options = {}
+    for item in given:
+        name, _, value = item.partition("=")
+        if name not in OPTIONS[kind]:
+            raise UserError(f"--judge {spec}: {kind} judges have no option '{name}', but {', '.join(OPTIONS[kind])}")
+        number, *bounds = OPTIONS[kind][name]
+        try:
+            options[name] = number(value)
+        except ValueError:
+            raise UserError(f"--judge {spec}: '{value}' is no value for {name}") from None
+        if bounds and not bounds[0] <= options[name] <= bounds[1]:
+            raise UserError(f"--judge {spec}: {name} must be in {bounds[0]}-{bounds[1]}")
+    return kind, who, options
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: cannot be read as text ({e})") from None
+
+
+def load(spec: str, constitution_name: str, device, dtype_of, seed: int = 0, max_cost: float | None = None):
+    """The judge that `spec` describes. dtype_of(model) -> "fp32" or "bf16", for a local one."""
+    kind, who, options = parse(spec)
+    principles = constitution.load(constitution_name)
+    if kind == "gold":
+        return GoldJudge({p.text: p.name for p in principles.preferences}, seed=seed, **options)
+    if kind == "endpoint":
+        name, _, url = who.partition("@")
+        try:
+            prices = [float(x) for x in options.pop("price", "0/0").split("/")]
+            prompt_price, completion_price = prices
+            if not all(0 <= price < float("inf") for price in prices):
+                raise ValueError
+        except ValueError:
+            raise UserError(f"--judge {spec}: price is two numbers, prompt/completion") from None
+        options["logprobs"] = bool(options.get("logprobs", 1))
+        return Endpoint(
+            url,
+            name,
+            max_cost=max_cost,
+            price_prompt=prompt_price,
+            price_completion=completion_price,
+            system=principles.preamble,
+            **options,
+        )
+    model, tokenizer = trainer.load_gpt(who, device), trainer.tokenizer_of(who)
+    exemplars = [e.strip("\n") for e in _read(options["exemplars"]).split("\n---\n")] if "exemplars" in options else []
+    preamble = _read(options["preamble"]).strip("\n") if "preamble" in options else ""
+    samples = options.get("cot", 0)
+    return LocalJudge(
+        model,
+        tokenizer,
+        device,
+        dtype_of(model),
+        exemplars=exemplars,
+        preamble=preamble,
+        cot=samples > 0,
+        samples=max(1, samples),
+        seed=seed,
+        name=who,
+    )

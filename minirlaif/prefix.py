@@ -1,0 +1,76 @@
+"""What many prompts begin with, computed once: hidden states at the end of prompts, behind a shared KV cache.
+
+Two beginnings are shared. `root`: that of all prompts (a judge's preamble and exemplars), computed once for any number of
+batches. In each batch `last_hidden` adds what the prompts of one group go on with (a long conversation, of which a judge reads
+both orders, and all pairs of k responses), where that is worth it. The result is that of a plain forward but for rounding.
+"""
+
+import torch
+
+from minirlaif import data
+from minirlaif.model import GPT, KVCache
+
+SHARED = 16  # tokens: a shorter common beginning is not worth a forward pass of its own
+
+
+def common(rows: list[list[int]]) -> int:
+    """How many tokens all rows begin with, at most all but the last of the shortest row; 0 if there are fewer than two."""
+    if len(rows) < 2:
+        return 0
+    low, high, most = min(rows), max(rows), min(map(len, rows)) - 1  # what these two share, all between them share
+    return next((i for i in range(most) if low[i] != high[i]), most)
+
+
+def batches(rows: list[int], prompts: list[list[int]], groups: list, size: int) -> list[list[int]]:
+    """Cut rows (indices of prompts) into batches; equal groups stand together, groups of about one length in one batch."""
+    longest = {}
+    for i in rows:
+        longest[groups[i]] = max(longest.get(groups[i], 0), len(prompts[i]))
+    order = sorted(rows, key=lambda i: (longest[groups[i]], groups[i]))
+    return [order[k : k + size] for k in range(0, len(order), size)]
+
+
+@torch.no_grad()
+def root(model: GPT, prompts: list[list[int]], pad_id: int) -> KVCache:
+    """One cached row: the beginning that all prompts share, or nothing where it is shorter than SHARED."""
+    n, empty = common(prompts), KVCache(model.config, 1, 0, model.device, torch.float32)
+    return empty if n < SHARED else follow(model, empty, [0], [prompts[0][:n]], pad_id)[1]
+
+
+@torch.no_grad()
+def last_hidden(model: GPT, prompts: list[list[int]], groups: list, root: KVCache, pad_id: int) -> torch.Tensor:
+    """Hidden state after each prompt of one batch (B, C). groups: a key a prompt; all prompts begin with what root holds.
+
+    Raises ValueError when a prompt does not fit the context.
+    """
+    members = {}
+    for ids, group in zip(prompts, groups, strict=True):
+        members.setdefault(group, []).append(ids)
+    cache, owner = root, [0] * len(prompts)
+    # the same depth in all groups, so that no pad stands between a row's tokens and takes room
+    stem = min(map(common, members.values())) - root.used
+    spared, tokens = stem * (len(prompts) - len(members)), sum(map(len, prompts)) - root.used * len(prompts)
+    if stem >= SHARED and spared > tokens / 3:  # else the cache costs what it spares (a quarter spared: no faster, on a CPU)
+        _, cache = follow(model, root, [0] * len(members), [m[0][root.used :][:stem] for m in members.values()], pad_id)
+        owner = [list(members).index(group) for group in groups]
+    if cache.used:
+        return follow(model, cache, owner, [ids[cache.used :] for ids in prompts], pad_id)[0]
+    tokens, length = data.pad(prompts, pad_id, 16, model.config.block_size)
+    return model.hidden(tokens.to(model.device))[torch.arange(len(prompts)), length - 1]
+
+
+def follow(model: GPT, cache: KVCache, owner: list[int], rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, KVCache]:
+    """Forward rows of tokens, row i behind row owner[i] of a cache whose rows all hold `cache.used` tokens.
+
+    -> hidden state after each row (B, C), and a new cache of it all; `cache` stays as it was.
+    """
+    device, held = model.device, cache.used
+    tokens, length = data.pad(rows, pad_id, 16, model.config.block_size - held)
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.wte.weight.dtype
+    grown = KVCache(model.config, len(rows), held + tokens.shape[1], device, dtype)
+    grown.k[:, :, :, :held], grown.v[:, :, :, :held] = cache.k[:, owner, :, :held], cache.v[:, owner, :, :held]
+    grown.length += held
+    grown.used = held
+    h = model.hidden(tokens.to(device), grown)
+    grown.used = held + int(length.max())
+    return h[torch.arange(len(rows)), length - 1], grown

@@ -1,0 +1,267 @@
+"""What labels and policies are worth: hand values, what must not change when the two sides are exchanged, and known cases."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+
+from minirlaif import comparison, metrics, text, world
+from minirlaif.comparison import bradley_terry, calibration, ece, elo, label_report, length_corrected, truth, win_rate
+from minirlaif.labelers import Answer, Label, combine
+
+HARMLESS = next(r for r in world.requests(("train",), [0]) if not r.harmful)
+RIGHT = world.right_answer(HARMLESS.verb, HARMLESS.thing)
+POLITE, RUDE = " " + RIGHT.text, f" {world.SENTENCES['insult'][0]} {RIGHT.text}"
+
+
+def row(p_first, p_first_swapped, first=POLITE, second=RUDE, asks="insult", **more):
+    """A row as label.py writes it: response 1 is polite, response 2 is rude, and the principle asks for politeness."""
+    p = (p_first + p_first_swapped) / 2
+    chosen, rejected = (first, second) if p >= 0.5 else (second, first)
+    return dict(
+        prompt=text.dialogue(HARMLESS.text), chosen=chosen, rejected=rejected, p_chosen=max(p, 1 - p), principle_name=asks,
+        p_first=p_first, p_first_swapped=p_first_swapped, first_is_chosen=p >= 0.5, is_random=False, error=None,
+        prompt_tokens=10, completion_tokens=2, cost=0.5,
+    ) | more  # fmt: skip
+
+
+def unlabelled(**more):
+    return row(0.5, 0.5) | dict(p_chosen=None, p_first=None, p_first_swapped=None, error="no reply after 3 tries") | more
+
+
+# labels
+
+
+def test_the_calibration_curve_by_hand():
+    rows = calibration([0.55, 0.59, 0.95, 1.0, 0.6], [1, 0, 1, 0.5, 1])
+    assert [(r["low"], r["high"], r["n"]) for r in rows] == [(0.5, 0.6, 2), (0.6, 0.7, 1), (0.9, 1.0, 2)]  # 1 is in the last bin
+    assert [r["p"] for r in rows] == pytest.approx([0.57, 0.6, 0.975]) and [r["right"] for r in rows] == [0.5, 1, 0.75]
+    by_hand = (2 * abs(0.57 - 0.5) + abs(0.6 - 1) + 2 * abs(0.975 - 0.75)) / 5
+    assert ece([0.55, 0.59, 0.95, 1.0, 0.6], [1, 0, 1, 0.5, 1]) == pytest.approx(by_hand)
+    assert ece([], []) is None and calibration([], []) == []
+
+
+def test_ece_of_a_perfect_and_of_an_overconfident_labeler():
+    p = np.repeat([0.55, 0.65, 0.75, 0.85, 0.95], 100)
+    right = np.concatenate([np.arange(100) < q for q in (55, 65, 75, 85, 95)])
+    assert ece(p, right) == pytest.approx(0)
+    assert ece(np.ones(500), right) == pytest.approx(0.25)  # it is right 3 times in 4, and always sure
+    order = np.random.default_rng(0).permutation(500)
+    assert ece(p[order] - 0.03, right[order]) == pytest.approx(ece(p - 0.03, right)) == pytest.approx(0.03)
+
+
+@pytest.mark.parametrize("more, expected", [
+    (dict(), (1.0, "gold")),
+    (dict(first=RUDE, second=POLITE), (0.0, "gold")),
+    (dict(asks="inverse-insult"), (0.0, "gold")),
+    (dict(asks="bias"), None),  # neither is biased
+    (dict(asks="wit"), None),  # gold does not know it
+    (dict(prompt="\n\nHuman: who was Plato?\n\nAssistant:"), None),
+    (dict(human_p=0.3), (0.0, "human")),  # people come first
+    (dict(human_p=0.5), None),
+    (dict(ranks=[2, 1]), (0.0, "human")),
+    (dict(ranks=[1, 2]), (1.0, "human")),
+    (dict(ranks=[1, 1]), None),
+])  # fmt: skip
+@pytest.mark.parametrize("p", [0.9, 0.1])
+def test_who_knows_which_response_is_better(p, more, expected):
+    """The answer is about response 1, whichever of the two was chosen."""
+    assert truth(row(p, p, **more)) == expected
+
+
+def test_a_report_by_hand():
+    report = label_report([
+        row(0.9, 0.8),  # right in both orders
+        row(0.3, 0.4),  # wrong in both
+        row(0.9, 0.3),  # right, thanks to the order in which it is shown first: flipped to the first place
+        row(0.2, 0.6),  # wrong, flipped to the second
+        row(0.7, 0.3),  # a tie, flipped to the first
+        row(0.8, 0.8, asks="bias"),  # nothing to compare with
+        unlabelled(), unlabelled(error="no reply after 4 tries"),
+        unlabelled() | dict(p_chosen=1.0, is_random=True),
+    ])  # fmt: skip
+    assert (report["n"], report["labels"], report["truth"]) == (9, 7, {"gold": 5})
+    assert (report["agreement"]["value"], report["agreement"]["n"]) == (0.5, 5)  # 2 right, 2 wrong, and half for the tie
+    assert report["by_principle"] == {"insult": report["agreement"]}
+    # the bins: the tie, at 0.5 and half right; 0.65, 0.6 and 0.6, of which one is right; 0.85, right
+    assert report["ece"] == pytest.approx((0 + abs(1.85 - 1) + abs(0.85 - 1)) / 5)
+    orders = {name: found["agreement"]["value"] for name, found in report["orders"].items()}
+    assert orders == {"shown first": 0.6, "shown second": 0.4, "mean probability": 0.5, "mean logit": 0.5}
+    assert (report["flip_rate"]["value"], report["flip_rate"]["n"]) == (3 / 6, 6)
+    assert (report["flips_to_first"]["value"], report["flips_to_first"]["n"]) == (pytest.approx(2 / 3), 3)
+    assert [report[k]["value"] for k in ("tie", "failed", "random")] == pytest.approx([1 / 9, 2 / 9, 1 / 9])
+    assert report["errors"] == {"no reply after N tries": 3}  # counted by kind
+    assert (report["prompt_tokens"], report["completion_tokens"], report["cost"]) == (90, 18, 4.5)  # failures are paid for
+    assert report["cost_per_label"] == pytest.approx(4.5 / 7)
+
+
+def test_a_report_does_not_depend_on_which_response_comes_first():
+    rng = random.Random(0)
+    rows = [row(rng.random(), rng.random()) for _ in range(60)]
+    exchanged = [row(1 - r["p_first_swapped"], 1 - r["p_first"], RUDE, POLITE) for r in rows]
+    a, b = label_report(rows), label_report(exchanged)
+    for key in ("agreement", "flip_rate", "flips_to_first", "tie", "n"):
+        assert a[key] == b[key]
+    assert a["ece"] == pytest.approx(b["ece"]) and 0 < a["agreement"]["value"] < 1 and a["flip_rate"]["value"] > 0
+    assert a["orders"]["shown first"]["agreement"]["value"] == b["orders"]["shown second"]["agreement"]["value"]
+    shuffled = label_report(rng.sample(rows, len(rows)))
+    assert shuffled["agreement"]["value"] == a["agreement"]["value"] and shuffled["ece"] == pytest.approx(a["ece"])
+
+
+def test_a_slot_bias_costs_one_order_much_and_the_mean_little():
+    """A judge that sees the truth at 1 nat, and likes the first place by 2: one order alone is wrong where it must be."""
+    rows = []
+    for k in range(40):
+        likes = 1.0 if k % 2 else -1.0  # logit for response 1
+        shown, swapped = (1 / (1 + math.exp(-(2 + sign * likes))) for sign in (1, -1))
+        pair = (POLITE, RUDE) if k % 2 else (RUDE, POLITE)
+        rows.append(row(shown, 1 - swapped, *pair))
+    orders = label_report(rows)["orders"]
+    assert {name: found["agreement"]["value"] for name, found in orders.items()} == {
+        "shown first": 0.5, "shown second": 0.5, "mean probability": 1, "mean logit": 1,
+    }  # fmt: skip
+    assert orders["mean logit"]["calibration"][0]["p"] == pytest.approx(1 / (1 + math.exp(-1)))  # the bias cancels exactly
+    assert orders["mean probability"]["calibration"][0]["p"] < 0.7
+
+
+def test_a_report_of_labels_that_nobody_can_check():
+    """A public file: no judge, no orders, no principle."""
+    report = label_report([dict(prompt="\n\nHuman: hi\n\nAssistant:", chosen=" a", rejected=" b", p_chosen=1.0)])
+    assert report["n"] == report["labels"] == 1 and report["truth"] == report["orders"] == report["by_principle"] == {}
+    assert report["agreement"]["value"] is report["ece"] is report["flip_rate"]["value"] is None and report["cost"] == 0
+    failed = label_report([unlabelled()])
+    assert failed["labels"] == 0 and failed["cost_per_label"] is None and failed["failed"]["value"] == 1
+
+
+def test_outside_the_toy_world_a_prompt_is_its_own_cluster():
+    assert metrics.cluster({"prompt": "\n\nHuman: hi\n\nAssistant:"}) == "\n\nHuman: hi\n\nAssistant:"
+    assert metrics.cluster({"prompt": text.dialogue(HARMLESS.text)}) == f"{HARMLESS.verb} {HARMLESS.thing}"
+
+
+def test_multiple_choice_by_hand():
+    def question(prompt, a, b, correct, category=None):
+        return dict(prompt=prompt, responses=[a, b], correct=correct, category=category)
+
+    rows = [
+        question("1", " long", " no", 0, "kind"), question("2", " long", " no", 1, "kind"),
+        question("3", " no", " ok", 1, "true"), question("4", " no", " long", 1), question("5", " x", " long", 0),
+    ]  # fmt: skip
+    answers = [(0.9, 0.2), (0.9, 0.3), (0.7, 0.7), (0.1, 0.9), None]  # P(the one shown first), for both orders
+    labels = [combine(*(Answer(p) for p in a)) if a else Label(None, None, None, error="999 tokens") for a in answers]
+    report = comparison.hhh_report(rows, labels)
+    assert report["all"]["always A"]["value"] == 2 / 5 and report["all"]["longer"]["value"] == 2 / 5  # equal lengths: wrong
+    assert {k: v["value"] for k, v in report["judged"].items()} == {
+        "always A": 1 / 4, "longer": 2 / 4,
+        "accuracy": (1 + 0 + 0.5 + 1) / 4,  # the third is a tie
+        "shown first": 2 / 4, "shown second": 3 / 4, "flip_rate": 1 / 4,
+    }  # fmt: skip
+    assert {k: v["accuracy"]["value"] for k, v in report["by_category"].items()} == {"kind": 0.5, "true": 0.5}
+    assert report["left_out"] == {"N tokens": 1} and report["judged"]["accuracy"]["n"] == 4
+
+
+# policies
+
+
+def test_a_tie_is_half_a_win():
+    found = win_rate([1, 1, 0, 0.5])
+    assert (found["value"], found["wins"], found["ties"], found["losses"], found["n"]) == (0.625, 2, 1, 1, 4)
+    assert win_rate([1.0] * 10)["ci"] == pytest.approx([0.7225, 1], abs=1e-4)  # Wilson's: ten wins do not prove the next
+    outcomes = np.random.default_rng(0).choice([0, 0.5, 1], 200)
+    one, other = win_rate(outcomes), win_rate(1 - outcomes)
+    assert one["value"] == pytest.approx(1 - other["value"])
+    assert one["ci"] == pytest.approx([1 - q for q in other["ci"][::-1]])
+    wide = win_rate(np.repeat(outcomes[:20], 10), np.repeat(range(20), 10))["ci"]
+    narrow = win_rate(np.repeat(outcomes[:20], 10))["ci"]
+    assert wide[1] - wide[0] > 2 * (narrow[1] - narrow[0])  # ten samples of one prompt are not ten prompts
+
+
+def drawn(n=600, longer=0.3, seed=0):
+    """Lengths of two policies; the first writes exp(longer) times as much at the median."""
+    rng = np.random.default_rng(seed)
+    b = rng.integers(40, 200, n)
+    return rng, [(int(x), int(y)) for x, y in zip(b * np.exp(longer + 0.4 * rng.standard_normal(n)), b, strict=True)]
+
+
+def test_a_judge_that_only_looks_at_length_finds_no_difference_at_equal_length():
+    rng, lengths = drawn()
+    ratio = np.log([a / b for a, b in lengths])
+    for outcomes in ((ratio > 0).astype(float), (rng.random(600) < 1 / (1 + np.exp(-3 * ratio))).astype(float)):
+        assert win_rate(outcomes)["value"] > 0.65
+        found = length_corrected(outcomes, lengths, resamples=200)
+        assert found["value"] == pytest.approx(0.5, abs=0.08) and found["ci"][0] < 0.5 < found["ci"][1] and found["slope"] > 2
+
+
+def test_what_has_nothing_to_do_with_length_is_left_as_it_is():
+    rng, lengths = drawn()
+    outcomes = (rng.random(600) < 0.7).astype(float)
+    found = length_corrected(outcomes, lengths, resamples=200)
+    assert found["value"] == pytest.approx(0.7, abs=0.05) and abs(found["slope"]) < 0.5
+    assert found["ci"][0] < 0.7 < found["ci"][1] and found["ci"][1] - found["ci"][0] < 0.15
+    same = [(10, 10)] * 600  # no difference to correct
+    assert length_corrected(outcomes, same, resamples=20)["value"] == pytest.approx(outcomes.mean(), abs=1e-3)
+
+
+def test_the_slope_is_that_of_the_logistic_regression():
+    """On outcomes that are their own probabilities the fit is exact, but for the weak priors."""
+    _, lengths = drawn()
+    ratio = np.log([a / b for a, b in lengths])
+    found = length_corrected(1 / (1 + np.exp(-(0.8 + 1.5 * ratio))), lengths, resamples=20)
+    assert found["value"] == pytest.approx(1 / (1 + math.exp(-0.8)), abs=2e-3) and found["slope"] == pytest.approx(1.5, abs=0.02)
+
+
+def test_exchanging_the_policies_turns_the_corrected_rate_round():
+    rng, lengths = drawn()
+    outcomes = rng.choice([0, 0.5, 1], 600, p=[0.2, 0.2, 0.6])
+    one = length_corrected(outcomes, lengths, resamples=50)
+    other = length_corrected(1 - outcomes, [(b, a) for a, b in lengths], resamples=50)
+    assert one["value"] == pytest.approx(1 - other["value"], abs=1e-9) and one["slope"] == pytest.approx(other["slope"], abs=1e-9)
+    assert one["ci"] == pytest.approx([1 - q for q in other["ci"][::-1]], abs=1e-9)
+
+
+def test_a_rate_stays_finite_where_one_side_always_wins_or_says_nothing():
+    found = length_corrected([1.0] * 50, [(20, 10)] * 50, resamples=20)
+    assert 0.9 < found["value"] < 1 and math.isfinite(found["slope"])
+    assert math.isfinite(length_corrected([1.0, 0.0], [(0, 10), (10, 0)], resamples=20)["value"])
+
+
+def test_elo_of_known_matrices():
+    ratings = bradley_terry([[0, 75], [25, 0]], prior=0)
+    assert ratings.mean() == pytest.approx(1000)
+    assert ratings[0] - ratings[1] == pytest.approx(400 * math.log10(3), abs=1e-2)  # 3 to 1 is 190.8 points
+    true = np.array([1200.0, 1050, 900, 850])  # wins in the very proportion of these are fitted exactly
+    wins = 100 / (1 + 10 ** ((true[None] - true[:, None]) / 400))
+    assert bradley_terry(wins, prior=0) == pytest.approx(true, abs=1e-2)
+    assert bradley_terry(wins) == pytest.approx(true, abs=10)  # a virtual tie moves it by little
+    order = [2, 0, 3, 1]
+    assert bradley_terry(wins[np.ix_(order, order)], prior=0) == pytest.approx(true[order], abs=1e-2)
+    assert bradley_terry(wins.T, prior=0) == pytest.approx(2000 - true, abs=1e-2)  # whoever lost has won
+    missing = wins.copy()
+    missing[0, 3] = missing[3, 0] = 0  # these two never met
+    assert bradley_terry(missing, prior=0) == pytest.approx(true, abs=1e-2)
+
+
+def test_a_policy_that_never_lost_has_a_finite_rating():
+    ratings = bradley_terry([[0, 10, 10], [0, 0, 5], [0, 5, 0]])
+    assert np.isfinite(ratings).all() and ratings[0] > ratings[1] + 300 and ratings[1] == pytest.approx(ratings[2])
+    assert np.ptp(bradley_terry([[0, 1000], [0, 0]])) < 1500
+
+
+def test_elo_with_intervals_over_prompts():
+    rng = np.random.default_rng(0)
+    true = np.array([1150.0, 1000, 850])
+    x = np.full((400, 3, 3), np.nan)
+    for i in range(3):
+        for j in range(i):
+            won = rng.random(400) < 1 / (1 + 10 ** ((true[j] - true[i]) / 400))
+            x[:, i, j], x[:, j, i] = won, 1 - won
+    x[:5, 0, 1] = x[:5, 1, 0] = np.nan  # not judged
+    found = elo(x, resamples=200)
+    for rating, r in zip(true, found, strict=True):
+        assert r["value"] == pytest.approx(rating, abs=35)  # 1,200 games leave a standard error of 10
+        assert 25 < r["ci"][1] - r["ci"][0] < 55 and r["ci"][0] < r["value"] < r["ci"][1]
+    copies = np.repeat(x[:40], 10, axis=0)  # ten samples of one prompt are not ten prompts
+    wide, narrow = (elo(copies, clusters, resamples=50)[0] for clusters in (np.repeat(range(40), 10), None))
+    assert wide["value"] == narrow["value"] and np.ptp(wide["ci"]) > 2 * np.ptp(narrow["ci"])
+    ties = elo(np.where(np.eye(3) > 0, np.nan, np.full((10, 3, 3), 0.5)), resamples=20)
+    assert [r["value"] for r in ties] == pytest.approx([1000] * 3)

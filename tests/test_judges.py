@@ -1,0 +1,92 @@
+"""A judge from one line of text: what it becomes, and what a mistake in it says."""
+
+import pytest
+import torch
+
+from minirlaif import judges, trainer
+from minirlaif.cli import UserError
+from minirlaif.endpoint import Endpoint
+from minirlaif.labelers import Call, GoldJudge, LocalJudge
+from minirlaif.model import GPT, GPTConfig
+from minirlaif.tokenizer import load_tokenizer
+
+URL = "http://127.0.0.1:9/v1"
+
+
+def load(spec, constitution="toy", **options):
+    return judges.load(spec, constitution, torch.device("cpu"), lambda model: "fp32", **options)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("judges") / "model.pt"
+    config = GPTConfig(vocab_size=load_tokenizer("toy").n_vocab, n_layer=1, n_head=1, n_embd=8)
+    trainer.save_model(path, config, GPT(config).state_dict(), tokenizer_name="toy")
+    return str(path)
+
+
+def test_an_endpoint_with_its_options():
+    judge = load(f"org/m@{URL},concurrency=7,retries=2,timeout=9,price=0.5/2,logprobs=0", "summarization", max_cost=3.0)
+    assert isinstance(judge, Endpoint) and (judge.name, judge.base_url) == ("org/m", URL)
+    assert (judge.concurrency, judge.retries, judge.soft, judge.max_cost) == (7, 2, False, 3.0)
+    assert (judge.price_prompt, judge.price_completion) == (0.5, 2.0) and judge.client.timeout == 9 and judge.system
+
+
+def test_gold_with_its_faults():
+    judge = load("gold,noise=0.25,slot_bias=-1,call_noise=2,sharpness=3", seed=5)
+    assert isinstance(judge, GoldJudge) and "insult" in judge.asks_of.values()
+    assert (judge.noise, judge.slot_bias, judge.call_noise, judge.sharpness, judge.seed) == (0.25, -1, 2, 3, 5)
+
+
+def test_a_local_model_with_its_options(model, tmp_path):
+    (tmp_path / "shots.txt").write_text("one shot\n---\nanother\n")
+    (tmp_path / "words.txt").write_text("be fair\n")
+    judge = load(f"{model},cot=3,exemplars={tmp_path}/shots.txt,preamble={tmp_path}/words.txt", seed=4)
+    assert isinstance(judge, LocalJudge) and (judge.cot, judge.samples, judge.seed, judge.name) == (True, 3, 4, model)
+    asked = judge.tokenizer.decode(judge.encode(Call("p", ("a", "b"), "which?")))
+    assert asked.index("be fair") < asked.index("one shot") < asked.index("another") < asked.index("which?")
+    assert "---" not in asked
+    plain = load(model)
+    assert (plain.cot, plain.samples, plain.before, plain.dtype) == (False, 1, "", "fp32")
+
+
+@pytest.mark.parametrize("spec, part", [
+    ("", "--judge '': names no judge"),
+    (",noise=1", "names no judge"),
+    ("gold,nois=1", "gold judges have no option 'nois', but noise, slot_bias"),
+    ("gold,noise=much", "'much' is no value for noise"),
+    ("gold,noise=2", "noise must be in 0-1"),
+    ("gold,sharpness=nan", "sharpness must be in 0-100"),
+    ("gold,noise", "'' is no value for noise"),
+    ("no/model", "no/model: no such model file"),
+    ("no/model,cot=-1", "cot must be in 0-64"),
+    ("no/model,price=1/2", "local judges have no option 'price'"),
+    (f"m@{URL},concurrency=0", "concurrency must be in 1-256"),
+    (f"m@{URL},timeout=nan", "timeout must be in"),
+    (f"m@{URL},price=1", "price is two numbers, prompt/completion"),
+    (f"m@{URL},price=-1/1", "price is two numbers"),
+    (f"m@{URL},price=nan/1", "price is two numbers"),
+    ("m@http://:0/v1", "the URL of an endpoint must look like"),
+    (URL, "an endpoint is written NAME@"),
+    (f"@{URL}", "an endpoint is written NAME@"),
+    ("m@ftp://host/v1", "an endpoint is written NAME@"),
+])  # fmt: skip
+def test_a_mistake_is_one_line(spec, part):
+    with pytest.raises(UserError) as error:
+        load(spec)
+    assert part in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_of_exemplars_that_is_not_there(model):
+    with pytest.raises(UserError, match="none.txt: cannot be read as text"):
+        load(f"{model},exemplars=none.txt")
+
+
+@pytest.mark.parametrize("spec", [
+    "m@http://me:hush@host/v1", "m@http://me:hu,hush@host/v1", "http://me:hush@host/v1", "m@http://host/v1?key=hush",
+    "m@http://me:hush@host/v1,nonsense=1", "m@HTTP://me:hush@host/v1",
+])  # fmt: skip
+def test_a_password_is_not_repeated(spec):
+    with pytest.raises(UserError) as error:
+        load(spec)
+    assert "hush" not in str(error.value) and "no password" in str(error.value)
