@@ -1,0 +1,1 @@
+"""Speed and wear: `python -m bench.NAME`, from the root of the repository."""

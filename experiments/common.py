@@ -1,0 +1,81 @@
+"""What the experiments on finished runs of demo.py share: their flags, what gold says, figures with the runs side by side."""
+
+import json
+from pathlib import Path
+
+from minirlaif import data
+from minirlaif.cli import UserError
+from minirlaif.metrics import cluster, rate
+
+ALL = "all runs"
+
+
+def named(runs: list[str]) -> dict[str, str]:
+    """Out folders of demo.py -> {name of the folder: its path as it was typed}. UserError: two of one name, or no such run."""
+    found = {Path(run).resolve().name: run for run in runs}
+    if len(found) < len(runs) or not runs:
+        raise UserError("--runs: give one or more out folders of demo.py, each with a name of its own")
+    if missing := next((run for run in runs if not (Path(run) / "evaluate" / "results.json").exists()), None):
+        raise UserError(f"{missing}: no finished run of demo.py (no evaluate/results.json); run demo.py --out {missing}")
+    return found
+
+
+def flags(folder: str, Args, **changes):
+    """The Args that the run in `folder` had, with these changed, and resumable: what is compared differs in nothing else."""
+    file = Path(folder) / "args.json"
+    try:
+        return Args(**json.loads(file.read_text())["args"] | {"resume": True} | changes)
+    except OSError as e:
+        raise UserError(f"{file}: {e.strerror}") from None
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{file}: not the flags of a run of this version ({e}); run demo.py again") from None
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+
+def side_by_side(values: dict[str, list], rows: dict[str, list[dict]]) -> dict[str, dict]:
+    """{run: a value a row} -> {run: {"value", "ci", "n"}, ..., ALL: the same of all of them together}.
+
+    What is resampled are deeds x things, those of each run by themselves. So the last interval is about these runs: what
+    other seeds would have given shows in how the runs differ, and a handful of seeds says little about it.
+    """
+    clusters = {run: [cluster(row) for row in rows[run]] for run in values}
+    pooled = [value for run in values for value in values[run]]
+    keys = [f"{run} {key}" for run in values for key in clusters[run]]
+    return {run: rate(values[run], clusters[run]) for run in values} | {ALL: rate(pooled, keys)}
+
+
+def minus(a: dict[str, list], b: dict[str, list]) -> dict[str, list]:
+    """Paired differences, run by run."""
+    return {run: [x - y for x, y in zip(a[run], b[run], strict=True)] for run in a}
+
+
+def shown(found: dict | None, digits=3) -> str:
+    if found is None or found["value"] is None:
+        return ""
+    value, (low, high) = found["value"], found["ci"]
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def table(first: str, rows: dict[str, dict[str, dict]], digits=3) -> list[str]:
+    """{name of a row: {column: rate}} -> the lines of a markdown table; columns in the order of the first row."""
+    columns = list(next(iter(rows.values())))
+    lines = [f"| {' | '.join([first, *columns])} |", "|" + " --- |" * (1 + len(columns))]
+    return lines + [
+        f"| {' | '.join([name, *(shown(row.get(column), digits) for column in columns)])} |" for name, row in rows.items()
+    ]
+
+
+def side(difference: dict) -> int:
+    """Which side of 0 the whole interval is on: 1, -1, or 0 where it holds 0."""
+    low, high = difference["ci"]
+    return (low > 0) - (high < 0)
+
+
+def write(out: str, results: dict, lines: list[str]):
+    """results.json and results.md, replaced together after every step: what is there can be read at any time."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    for name, content in (("results.json", json.dumps(results, indent=2)), ("results.md", "\n".join(lines) + "\n")):
+        with data.atomic_write(Path(out) / name) as f:
+            f.write(content.encode())
