@@ -34,7 +34,7 @@ HARMLESSNESS = ["danger", "insult", "bias", "ad", "harm", "evasion"]
 class Args:
     out: str = cli.arg("runs/demo", "folder to write; stages that are done there are skipped")
     seed: int = cli.arg(0, "seed of every stage")
-    quick: bool = cli.arg(False, "a seventh of the pretraining and less of everything: a first look")
+    quick: bool = cli.arg(False, "a ninth of the pretraining and less of everything: a first look")
     device: str = cli.arg("auto", "auto takes cuda, mps or cpu, the first that is there", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = cli.arg("auto", "bf16 is autocast over fp32 weights; auto measures", choices=["auto", "fp32", "bf16"])
 
@@ -53,7 +53,7 @@ class Size:
     held_out: int = 640
 
 
-QUICK = Size(3500, 96, 96, 300, 150, 3, 200, 200)
+QUICK = Size(3000, 96, 96, 300, 150, 3, 200, 200)
 
 
 def stages(args: Args, size: Size) -> dict:
