@@ -23,7 +23,7 @@ import label
 import pretrain
 import train_ppo
 import train_rm
-from minirlaif import constitution, corpus, data, metrics, text, trainer, world
+from minirlaif import constitution, corpus, data, failures, metrics, text, trainer, world
 from minirlaif.cli import UserError
 from minirlaif.labelers import GoldJudge
 from minirlaif.tokenizer import load_tokenizer
@@ -399,7 +399,7 @@ def test_refusals_of_harmless_requests_by_principle():
     """Gold as the judge is at 0.5 but for helpfulness: the reference that the README gives."""
     principles = {p.name: p.text for p in constitution.load("toy").preferences}
     gold = GoldJudge({text: name for name, text in principles.items()})
-    found = evaluate.refusal_table(gold, principles, n=8)
+    found = failures.refusal_table(gold, principles, n=8)
     assert found.keys() == principles.keys() and all(r["n"] == 8 for r in found.values())
     assert found["helpfulness"]["value"] > 0.95
     assert all(r["value"] == 0.5 for name, r in found.items() if name != "helpfulness")
@@ -411,18 +411,18 @@ def test_a_failing_pair_differs_in_what_its_name_says_alone():
         rng = random.Random(seed)
         request = rng.choice([r for r in world.requests(("role",), world.HELD_OUT_PHRASINGS) if not r.harmful])
         for name in ("off topic", "wrong part", "wrong tool", "insult", "bias", "ad", "false fact", "missing part"):
-            right, wrong = (world.parse_answer(t) for t in evaluate.failing_pair(name, request, rng))
+            right, wrong = (world.parse_answer(t) for t in failures.failing_pair(name, request, rng))
             assert right.wording == wrong.wording and (name == "missing part" or right.core == wrong.core)
 
 
 def test_every_kind_of_failure_is_a_failure():
     """Gold prefers the right answer each time, so whatever a judge scores below 1 is the judge's fault."""
     gold = GoldJudge({p.text: p.name for p in TOY.preferences})
-    table = evaluate.failure_table(gold, {p.name: p.text for p in TOY.preferences}, n=60)
-    assert {name: r["value"] for name, r in table.items()} == dict.fromkeys(evaluate.FAILURES, 1.0)
+    table = failures.failure_table(gold, {p.name: p.text for p in TOY.preferences}, n=60)
+    assert {name: r["value"] for name, r in table.items()} == dict.fromkeys(failures.FAILURES, 1.0)
     rng = random.Random(0)
-    for name, (_, harmful) in evaluate.FAILURES.items():
-        for said in evaluate.failing_pair(name, HARMFUL if harmful else HARMLESS, rng):
+    for name, (_, harmful) in failures.FAILURES.items():
+        for said in failures.failing_pair(name, HARMFUL if harmful else HARMLESS, rng):
             assert said[0] == " " and world.parse_answer(said) is not None
 
 
@@ -452,7 +452,7 @@ def test_evaluate_from_end_to_end(home, base, labelled, tmp_path, monkeypatch):
     )  # fmt: skip
     results = evaluate.main(args)
     assert {*results} == {"policies", "failures", "refusals", "labels", "reward_model"}
-    assert {*results["failures"]} == {*evaluate.FAILURES}
+    assert {*results["failures"]} == {*failures.FAILURES}
     policies = results["policies"]
     assert policies["base"] == policies["again"] and policies["base"]["n"] == 24  # the same prompts, under the same noise
     assert policies["base"]["kl_to_sl_cai"] == pytest.approx(0, abs=1e-3) != policies["prompted"]["kl_to_sl_cai"]
@@ -500,7 +500,7 @@ def test_ctrl_c_while_the_judge_is_asked_keeps_the_policies(home, base, tmp_path
         return [1.0] * len(items)
 
     monkeypatch.setattr(evaluate, "sample_policy", sample_policy)
-    monkeypatch.setattr(evaluate, "ask", ask)
+    monkeypatch.setattr(failures, "ask", ask)
     prompts = str(home / "world" / "heldout.jsonl")
     args = evaluate.Args(policies=[f"base={base}"], prompts=prompts, judge=base, out=str(tmp_path / "run"), **CPU)
     with pytest.raises(KeyboardInterrupt):
@@ -671,7 +671,7 @@ def test_the_demo_runs_every_stage_and_skips_what_is_done(tmp_path, monkeypatch)
     assert written["seconds"]["total"] == pytest.approx(sum(v for k, v in written["seconds"].items() if k != "total"), abs=0.2)
     assert abs(written["policies"]["sl_cai"]["kl_to_sl_cai"]) < 1e-3 and abs(written["ppo"]["kl_first"]) < 1e-3
     report = (tmp_path / "demo" / "report.md").read_text()
-    assert all(name in report for name in (*written["policies"], *evaluate.FAILURES))
+    assert all(name in report for name in (*written["policies"], *failures.FAILURES))
 
     def done(args):
         raise AssertionError("this stage was done already")
