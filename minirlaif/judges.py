@@ -3,7 +3,7 @@
     runs/my/base                      a local model; options:
         cot=1                             reason first, then the letter (1: greedily; n > 1: the mean over n sampled reasonings)
         exemplars=FILE                    worked judgements before each question, separated by lines of ---
-        preamble=FILE                     words before everything
+        preamble=plain                    words before everything: plain, detailed (minirlaif/text.py) or a FILE
     gpt-4o-mini@https://.../v1        an OpenAI-compatible endpoint (the key is read from OPENAI_API_KEY); options:
         concurrency=4 retries=4 timeout=30
         price=0.15/0.6                    per 1,000 prompt and completion tokens
@@ -17,7 +17,7 @@
 import re
 from pathlib import Path
 
-from minirlaif import constitution, trainer
+from minirlaif import constitution, text, trainer
 from minirlaif.cli import UserError
 from minirlaif.endpoint import Endpoint
 from minirlaif.labelers import GoldJudge, LocalJudge
@@ -93,7 +93,8 @@ def load(spec: str, constitution_name: str, device, dtype_of, seed: int = 0, max
         )
     model, tokenizer = trainer.load_gpt(who, device), trainer.tokenizer_of(who)
     exemplars = [e.strip("\n") for e in _read(options["exemplars"]).split("\n---\n")] if "exemplars" in options else []
-    preamble = _read(options["preamble"]).strip("\n") if "preamble" in options else ""
+    given = options.get("preamble", "none")
+    preamble = text.PREAMBLES[given] if given in text.PREAMBLES else _read(given).strip("\n")
     samples = options.get("cot", 0)
     return LocalJudge(
         model,

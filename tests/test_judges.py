@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minirlaif import judges, trainer
+from minirlaif import judges, text, trainer
 from minirlaif.cli import UserError
 from minirlaif.endpoint import Endpoint
 from minirlaif.labelers import Call, GoldJudge, LocalJudge
@@ -90,3 +90,9 @@ def test_a_password_is_not_repeated(spec):
     with pytest.raises(UserError) as error:
         load(spec)
     assert "hush" not in str(error.value) and "no password" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["plain", "detailed"])
+def test_a_preamble_may_be_named(model, name):
+    assert load(f"{model},preamble={name}").before == text.PREAMBLES[name] + "\n\n"
+    assert load(str(model)).before == ""
