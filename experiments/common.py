@@ -1,6 +1,7 @@
 """What the experiments on finished runs of demo.py share: their flags, what gold says, figures with the runs side by side."""
 
 import json
+import time
 from pathlib import Path
 
 from minirlaif import data
@@ -71,6 +72,12 @@ def side(difference: dict) -> int:
     """Which side of 0 the whole interval is on: 1, -1, or 0 where it holds 0."""
     low, high = difference["ci"]
     return (low > 0) - (high < 0)
+
+
+def close(out: str, lines: list[str], began: float):
+    """Print the report, and how long it took since `began` (time.monotonic)."""
+    print("\n" + "\n".join(lines))
+    print(f"\n{time.monotonic() - began:.0f} s; see {out}/results.md and {out}/results.json")
 
 
 def write(out: str, results: dict, lines: list[str]):

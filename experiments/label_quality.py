@@ -280,8 +280,7 @@ def main(args: Args) -> dict:
         ways[name] = kwise_and_shuffled(args, run, f"{args.out}/{name}/pairs")
         results = summarise(forms, rows, ways)
         common.write(args.out, results, report(results))
-    print("\n" + "\n".join(report(results)))
-    print(f"\n{time.monotonic() - began:.0f} s; see {args.out}/results.md and {args.out}/results.json")
+    common.close(args.out, report(results), began)
     return results
 
 

@@ -260,8 +260,7 @@ def main(args: Args) -> dict:
             found[name][arm] = train(arm, run, f"{args.out}/{name}/{arm}")
         results = summarise(found)
         common.write(args.out, results, report(results))
-    print("\n" + "\n".join(report(results)))
-    print(f"\n{time.monotonic() - began:.0f} s; see {args.out}/results.md and {args.out}/results.json")
+    common.close(args.out, report(results), began)
     return results
 
 
