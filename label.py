@@ -346,7 +346,8 @@ def main(args: Args) -> dict:
             run.end_step(len(chunks) + step + 1, lambda kept=kept: kept)
         if not any(row["p_chosen"] is not None for row in done):
             errors = Counter(row["error"] for row in done)
-            raise cli.UserError(f"{args.out}: no pair could be labelled ({dict(left_out + errors)})")
+            what = f"no pair could be labelled ({dict(left_out + errors)})"
+            raise cli.UserError(f"{args.out}: {what}; its journal keeps failures too, so give another --out to ask again")
         data.write_jsonl(Path(args.out) / "preferences.jsonl", done)
         run.finish()
     return summary(args, done, left_out, spent)
