@@ -3,6 +3,7 @@
     python evaluate.py hhh --data 438HHHEvaluations.jsonl --judge runs/my/base
     python evaluate.py labels runs/my/labels/preferences.jsonl runs/my/labels_gold/preferences.jsonl --plot calibration.png
     python evaluate.py winrate --samples sl=runs/my/sl.jsonl rl=runs/my/rl.jsonl --judge runs/my/base --principle harm
+    python evaluate.py tokens runs/my/rl/rollouts/00000.jsonl --row 0
 
 Each prints a table, and writes its figures as JSON to --out if that is given. How a judge is written stands in
 minirlaif/judges.py. Every judge is asked in both orders; what it could not answer is counted by kind and left out.
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minirlaif import cli, comparison, constitution, data, judges, labelers, trainer
+from minirlaif import cli, comparison, constitution, data, judges, labelers, rollouts, trainer
 from minirlaif.metrics import cluster
 
 
@@ -329,4 +330,26 @@ def winrate(args: WinrateArgs) -> dict:
     return results
 
 
-WORDS = {"hhh": (hhh, HHHArgs), "labels": (labels, LabelsArgs), "winrate": (winrate, WinrateArgs)}
+# ---- tokens: single responses, as PPO saw them ----------------------------------------------------------------------
+
+
+@dataclass
+class TokensArgs:
+    """Responses that train_ppo.py --dump-rollouts wrote: each token with its log-probs, KL, reward, value, advantage, return."""
+
+    file: list[str] = cli.arg(help="RUN/rollouts/STEP.jsonl", positional=True)
+    row: int | None = cli.arg(None, help="this row of each file alone")
+
+
+def tokens(args: TokensArgs) -> list[str]:
+    tables = []
+    for path in args.file:
+        rows = data.read_jsonl(path, rollouts.KEYS)
+        if args.row is not None and args.row not in (known := [row["row"] for row in rows]):
+            raise cli.UserError(f"{path}: no row {args.row}, but {', '.join(map(str, known))}")
+        tables += [rollouts.table(row) for row in rows if args.row in (None, row["row"])]
+    print("\n\n".join(tables))
+    return tables
+
+
+WORDS = {"hhh": (hhh, HHHArgs), "labels": (labels, LabelsArgs), "winrate": (winrate, WinrateArgs), "tokens": (tokens, TokensArgs)}

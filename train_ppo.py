@@ -1,26 +1,28 @@
 """PPO: raise a policy's reward without letting it drift from its reference. To be read top to bottom.
 
-Four models of one vocabulary take part. The policy (--init, the supervised model) learns; a frozen copy of it is the
-reference; the reward model scores whole responses; the value model, a copy of the reward model, learns to predict
-what is still to come. Each step samples a batch from the policy, turns scores and KL into advantages, and takes
-ppo_epochs x minibatches steps of both optimizers; then the samples are thrown away.
+Four models take part. The policy (--init, the supervised model) learns; a frozen copy of it is the reference; the reward
+model, or a labeler or Python function in its place, scores whole responses; the value model, a copy of the reward model
+(of the policy, where there is none), learns to predict what is still to come. Each step samples a batch from the policy,
+turns scores and KL into advantages, and takes ppo_epochs x minibatches steps of both optimizers; then the samples are
+thrown away.
 
 Sources: Ziegler et al. 2019; Stiennon et al. 2020 (a separate value model that starts from the reward model);
 Huang et al. 2023, 2024 (the details). Left out: pretraining gradients (PPO-ptx), a discount (gamma is 1 in all
-of these papers), vf_coef (the value model has its own optimizer: --value-lr), reward whitening, an entropy bonus.
+of these papers), vf_coef (the value model has its own optimizer: --value-lr), an entropy bonus.
 """
 
 import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minirlaif import cli, data, ppo, trainer
+from minirlaif import cli, data, ppo, rewards, rollouts, trainer
 from minirlaif.cli import UserError
 from minirlaif.heads import RewardModel, ValueModel
 from minirlaif.model import GPT, response_mask, token_logprobs
@@ -28,6 +30,7 @@ from minirlaif.sampling import Samples, generate
 
 TOKENS_PER_FORWARD = {"cpu": 1024, "mps": 8192, "cuda": 65536}  # more is no faster there, and memory grows with it
 
+REFERENCE_SAMPLES = 256  # of the reference, on which a labeler's or a function's scores are normalised
 FP32 = nullcontext()
 
 
@@ -35,7 +38,7 @@ FP32 = nullcontext()
 class Args:
     out: str = cli.arg(help="run folder to write")
     init: str = cli.arg(help="the policy to start from: model file or run folder")
-    reward_model: str = cli.arg(help="the reward model: model file or run folder of train_rm.py")
+    reward_model: str = cli.arg(help="who scores: a run of train_rm.py, judge:PATH (d-RLAIF), or module:function (rewards.py)")
     data: str = cli.arg(help="prompts.jsonl, or an HH-RLHF file (its prompts are used)")
     on_bad_row: str = cli.arg("error", help="a row that cannot be used: stop, or skip and count it", choices=["error", "skip"])
     ref: str | None = cli.arg(None, help="the frozen reference, where it is not a copy of --init")
@@ -48,12 +51,16 @@ class Args:
     kl_coef: float = cli.arg(0.1, help="what a nat of drift costs, in standard deviations of the score, 0.01-0.2")
     kl_target: float | None = cli.arg(None, help="nats a response to steer the KL to, by adapting kl_coef, 1-10; none: fixed")
     kl_horizon: float = cli.arg(10_000, help="samples that such a correction takes, 1000-100000")
+    max_approx_kl: float | None = cli.arg(None, help="end a step's updates where approx_kl passes this, 0.01-0.1")
+    whiten_rewards: bool = cli.arg(False, help="scale each batch's rewards to variance 1 (their mean stays)")
     cliprange: float = cli.arg(0.2, help="how far the ratio to the sampling policy may pay, either way of 1, 0.1-0.3")
     cliprange_value: float = cli.arg(0.2, help="how far a value may pay to move, in standard deviations of the score, 0.1-0.5")
     lam: float = cli.arg(0.95, help="lambda of GAE, 0.9-1; 1 is the whole return, 0 one step")
     temperature: float = cli.arg(1.0, help="of sampling, and so of all log-probs, 0.7-1")
     max_new_tokens: int = cli.arg(32, help="longest response in tokens, end-of-text included, 16-256")
+    min_new_tokens: int | None = cli.arg(None, help="draw each batch's limit from this to --max-new-tokens (no cap then)")
     missing_eos_penalty: float | None = cli.arg(-1.0, help="cap on the score of a response without an end, -3 to 0; inf: off")
+    dump_rollouts: int = cli.arg(0, help="responses a step to write, token by token, for evaluate.py tokens, 0-4")
     seed: int = cli.arg(0, help="decides prompts, samples and minibatches")
     device: str = cli.arg("auto", "auto takes cuda, mps or cpu, the first that is there", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = cli.arg("auto", "bf16 is autocast over fp32 weights; auto measures", choices=["auto", "fp32", "bf16"])
@@ -63,7 +70,7 @@ class Args:
 class Models(NamedTuple):
     policy: GPT
     ref_policy: GPT  # frozen
-    reward_model: RewardModel  # frozen
+    reward_model: RewardModel | rewards.TextReward  # frozen
     value_model: ValueModel
     policy_optimizer: torch.optim.Optimizer
     value_optimizer: torch.optim.Optimizer
@@ -71,15 +78,18 @@ class Models(NamedTuple):
 
 @torch.no_grad()
 def score(models: Models, samples: Samples, parts, temperature, precision):
-    """What all four models say of the samples: dict of tokens, mask, logprobs, ref_logprobs, values, entropy [B, T]
-    and scores [B]. `parts` are the index tensors that go through a forward together."""
+    """What all four models say of the samples: dict of tokens, mask, logprobs, ref_logprobs, values, entropy [B, T],
+    scores [B] and the exact KL to the reference [N tokens]. `parts` are the index tensors that go through a forward together."""
     length = samples.length.cpu()
     limit = min(gpt.config.block_size for gpt in (models.policy, models.ref_policy, models.value_model.gpt))
     T = max(ppo.padded_length(length, limit), samples.tokens.shape[1])
     tokens = F.pad(samples.tokens, (0, T - samples.tokens.shape[1]))
     mask = response_mask(samples.prompt_len, samples.length, T)
     logprobs, ref_logprobs, values, entropy = torch.zeros(4, *tokens.shape, device=tokens.device)
-    scores = torch.zeros(len(tokens), device=tokens.device)
+    scores, kl_full = torch.zeros(len(tokens), device=tokens.device), []
+    reads_text = isinstance(models.reward_model, rewards.TextReward)
+    if reads_text:
+        scores = models.reward_model(samples).to(tokens.device)
     for rows in parts:
         width = ppo.padded_length(length[rows], T)  # the shape that the update will use
         t, m = tokens[rows, :width], mask[rows, :width]
@@ -87,16 +97,21 @@ def score(models: Models, samples: Samples, parts, temperature, precision):
             logprobs[rows, :width], entropy[rows, :width] = token_logprobs(models.policy, t, m, temperature)
             ref_logprobs[rows, :width], _ = token_logprobs(models.ref_policy, t, m, temperature)
             values[rows, :width] = models.value_model(t, m)
-            scores[rows] = models.reward_model(t, samples.length[rows])
+            kl_full.append(ppo.full_kl(models.policy, models.ref_policy, t, m, temperature))
+            if not reads_text:
+                scores[rows] = models.reward_model(t, samples.length[rows])
     result = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values, "entropy": entropy, "scores": scores}
+    result["kl_full"] = torch.cat(kl_full)
     for name, x in result.items():
         if not x.isfinite().all():
             raise FloatingPointError(f"{name} are not all finite")
     return {"tokens": tokens, "mask": mask, **result}
 
 
-def ppo_step(models: Models, samples: Samples, args: Args, kl_coef, step, precision=FP32):
-    """Steps 2 to 5: learn from one batch of samples -> metrics. FloatingPointError: something is not finite."""
+def ppo_step(models: Models, samples: Samples, args: Args, kl_coef, step, precision=FP32, dump=None):
+    """Steps 2 to 5: learn from one batch of samples -> metrics. FloatingPointError: something is not finite.
+
+    dump: called with the rollout, its ref_logprobs and rewards [B, T], and scores [B], before the update."""
     # The minibatches are drawn first: the log-probs of the rollout come from the very forwards of the first epoch, so
     # its ratios are 1 exactly, and not 1 up to the rounding of another shape.
     length, budget = samples.length.cpu(), TOKENS_PER_FORWARD[samples.tokens.device.type]
@@ -109,13 +124,19 @@ def ppo_step(models: Models, samples: Samples, args: Args, kl_coef, step, precis
     mask, log_ratio = x["mask"], x["logprobs"] - x["ref_logprobs"]
 
     # 3. Rewards: the KL penalty on every token, the score on the last
-    scores = ppo.penalise_missing_eos(x["scores"], samples.stopped, args.missing_eos_penalty)
-    rewards = ppo.shape_rewards(scores, x["logprobs"], x["ref_logprobs"], mask, kl_coef)
+    # a limit that was drawn at random is not the policy's doing
+    penalty = args.missing_eos_penalty if args.min_new_tokens is None else None
+    scores = ppo.penalise_missing_eos(x["scores"], samples.stopped, penalty)
+    token_rewards = ppo.shape_rewards(scores, x["logprobs"], x["ref_logprobs"], mask, kl_coef)
+    if args.whiten_rewards:
+        token_rewards = ppo.masked_whiten(token_rewards, mask, shift_mean=False)
 
     # 4. Advantages, whitened over the whole batch; the returns are taken before that
-    advantages, returns = ppo.gae(rewards, x["values"], mask, gamma=1.0, lam=args.lam)
+    advantages, returns = ppo.gae(token_rewards, x["values"], mask, gamma=1.0, lam=args.lam)
     advantages = ppo.masked_whiten(advantages, mask, shift_mean=True)
     rollout = ppo.Rollout(x["tokens"], mask, length, x["logprobs"], x["values"], advantages, returns)
+    if dump is not None:
+        dump(rollout, x["ref_logprobs"], token_rewards, scores)
 
     if step == 0:  # a wrong reference, dropout, or log-probs of another forward would show here
         part = rollout.select(parts[0])
@@ -130,7 +151,7 @@ def ppo_step(models: Models, samples: Samples, args: Args, kl_coef, step, precis
     stats = ppo.update(
         models.policy, models.value_model, models.policy_optimizer, models.value_optimizer, rollout, epochs,
         cliprange=args.cliprange, cliprange_value=args.cliprange_value, temperature=args.temperature,
-        precision=precision,
+        max_approx_kl=args.max_approx_kl, precision=precision,
     )
     kl = log_ratio.sum(1).mean().item()  # nats a response
     return stats | {
@@ -138,8 +159,9 @@ def ppo_step(models: Models, samples: Samples, args: Args, kl_coef, step, precis
         "objective/scores_std": x["scores"].std(correction=0).item(),
         "objective/kl": kl,
         "objective/kl_k3": torch.where(mask, ppo.k3(log_ratio), 0.0).sum(1).mean().item(),
+        "objective/kl_full": x["kl_full"].sum().item() / len(mask),
         "objective/non_score_reward": -kl_coef * kl,
-        "objective/rlhf_reward": rewards.sum(1).mean().item(),
+        "objective/rlhf_reward": scores.mean().item() - kl_coef * kl,
         "objective/entropy": ppo.masked_mean(x["entropy"], mask).item(),  # nats a token
         "objective/missing_eos": (~samples.stopped).float().mean().item(),
         "objective/response_tokens": mask.sum(1).float().mean().item(),
@@ -151,18 +173,20 @@ def ppo_step(models: Models, samples: Samples, args: Args, kl_coef, step, precis
 
 def main(args: Args):
     numbers = ("steps", "batch_size", "minibatch_size", "ppo_epochs", "max_new_tokens", "temperature", "kl_target")
-    cli.require_positive(args, *numbers, "kl_horizon", "cliprange", "cliprange_value")
-    cli.require_not_negative(args, "kl_coef", "lr", "value_lr")
+    cli.require_positive(args, *numbers, "kl_horizon", "cliprange", "cliprange_value", "max_approx_kl", "min_new_tokens")
+    cli.require_not_negative(args, "kl_coef", "lr", "value_lr", "dump_rollouts")
     if not 0 <= args.lam <= 1:
         raise UserError(f"--lam {args.lam}: must be in 0-1")
     if args.missing_eos_penalty is not None and math.isnan(args.missing_eos_penalty):
         raise UserError("--missing-eos-penalty nan: must be a number, or inf for none")
+    if args.min_new_tokens is not None and args.min_new_tokens > args.max_new_tokens:
+        raise UserError(f"--min-new-tokens {args.min_new_tokens}: more than --max-new-tokens {args.max_new_tokens}")
     device = trainer.resolve_device(args.device)
     with trainer.Run(args.out, args, args.resume) as run:
         if run.finished:
             return None
-        tokenizer = trainer.tokenizer_of(args.init, args.reward_model, *([args.ref] if args.ref else []))
-        models = load_models(args, device)
+        tokenizer = trainer.tokenizer_of(args.init, *([args.ref] if args.ref else []))
+        models = load_models(args, tokenizer, device, lambda model: run.resolve_dtype(device, model))
         prompts = load_prompts(args, tokenizer, models)
         precision = trainer.autocast(device, run.resolve_dtype(device, models.policy))
         kl = ppo.AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
@@ -174,31 +198,49 @@ def main(args: Args):
             for name, part in parts.items():
                 part.load_state_dict(state[name])
 
+        def sample(model, step, batch_size, *key):
+            batch = [prompts[i] for i in pick(len(prompts), step, batch_size, args.seed)]
+            noise, n = trainer.rng(args.seed, "sample", *key).initial_seed(), args.max_new_tokens
+            if args.min_new_tokens is not None:
+                n = torch.randint(args.min_new_tokens, n + 1, (), generator=trainer.rng(args.seed, "limit", *key)).item()
+            with precision:  # no top-k or top-p: a policy that leaves out tokens is another policy
+                return generate(model, batch, n, tokenizer.eot, args.temperature, seed=noise)
+
+        scale = {}
+        if isinstance(models.reward_model, rewards.TextReward):
+            if state:
+                models.reward_model.mean, models.reward_model.std = state["scale"].values()
+            else:
+                models.reward_model.normalise(sample(models.ref_policy, 0, REFERENCE_SAMPLES, "reference"))
+            scale = {"reference/mean": models.reward_model.mean, "reference/std": models.reward_model.std}
+
         def make_state():
             weights = {name: part.state_dict() for name, part in parts.items()}
-            return {"kl_coef": kl.kl_coef, "metrics": metrics, **weights}
+            return {"kl_coef": kl.kl_coef, "metrics": metrics, "scale": scale, **weights}
 
         progress = tqdm(range(start, args.steps), "ppo", initial=start, total=args.steps, mininterval=1)
         for step in progress:
             began = time.perf_counter()
             learning_rates = anneal(models, args, step)
 
-            # 1. Sample: the policy continues a batch of prompts; no top-k or top-p, or it would not be the policy
-            batch = [prompts[i] for i in pick(len(prompts), step, args.batch_size, args.seed)]
-            noise = trainer.rng(args.seed, "sample", step).initial_seed()
-            with precision:
-                samples = generate(models.policy, batch, args.max_new_tokens, tokenizer.eot, args.temperature, seed=noise)
+            # 1. Sample: the policy continues a batch of prompts
+            samples = sample(models.policy, step, args.batch_size, step)
 
             # 2. to 5. Score, reward, advantages, update
+            dump = None
+            if args.dump_rollouts:
+                path = run.folder / "rollouts" / f"{step:05d}.jsonl"  # one file a step: a step done again writes it again
+                dump = partial(rollouts.write, path, step, tokenizer, samples.stopped, args.dump_rollouts)
             try:
-                metrics = ppo_step(models, samples, args, kl.kl_coef, step, precision)
+                metrics = ppo_step(models, samples, args, kl.kl_coef, step, precision, dump)
             except FloatingPointError as e:
                 raise UserError(f"{args.out}: step {step}: {e}; try a lower --lr, or --dtype fp32") from None
             kl.update(metrics["objective/kl"], args.batch_size)
 
             # 6. Log, and save now and then
-            metrics |= learning_rates
-            metrics["speed/tokens_per_second"] = metrics["objective/response_tokens"] * len(batch) / (time.perf_counter() - began)
+            metrics |= learning_rates | (scale if step == 0 else {})
+            tokens = metrics["objective/response_tokens"] * args.batch_size
+            metrics["speed/tokens_per_second"] = tokens / (time.perf_counter() - began)
             run.log(step, **metrics)
             progress.set_postfix({name: f"{metrics[f'objective/{name}']:.3f}" for name in ("scores", "kl")}, refresh=False)
             run.end_step(step + 1, make_state)
@@ -209,25 +251,28 @@ def main(args: Args):
     return metrics
 
 
-def load_models(args, device):
+def load_models(args, tokenizer, device, dtype_of):
     """All models and optimizers. The frozen ones are read again on resume; Run checks that their files are the same."""
     policy = trainer.load_gpt(args.init, device)
     ref_policy = trainer.load_gpt(args.ref or args.init, device).requires_grad_(False)
-    reward_model = trainer.load_reward(args.reward_model, device).requires_grad_(False)
-    value_model = ValueModel(reward_model)
+    reward_model = rewards.load(args.reward_model, tokenizer, device, dtype_of)
+    if isinstance(reward_model, RewardModel):
+        trainer.tokenizer_of(args.init, args.reward_model)
+        value_model = ValueModel(reward_model.requires_grad_(False).eval())
+    else:
+        value_model = ValueModel(policy)
     # Adam's eps is 1e-5 in PPO code since the first: it keeps steps small while gradients are
     optimizers = [
         trainer.configure_optimizer(model, lr, weight_decay=0.0, eps=1e-5)
         for model, lr in ((policy, args.lr), (value_model, args.value_lr))
     ]
     # dropout is off, also while training: the policy that is scored must be the policy that sampled
-    models = (model.eval() for model in (policy, ref_policy, reward_model, value_model))
-    return Models(*models, *optimizers)
+    return Models(policy.eval(), ref_policy.eval(), reward_model, value_model.eval(), *optimizers)
 
 
 def load_prompts(args, tokenizer, models):
     """Lists of ids, each short enough to leave room for a response in every model's context."""
-    room = min(m.config.block_size for m in (models.policy, models.ref_policy, models.reward_model.gpt))
+    room = min(m.config.block_size for m in (models.policy, models.ref_policy, models.value_model.gpt))
     data.check_room(args.max_new_tokens, room)
 
     def encode(row):

