@@ -28,7 +28,7 @@ class Args:
     prompts: int = cli.arg(48, "prompts, each with 6 pairs of 4 responses, 16-256")
     responses: int = cli.arg(4, "responses a prompt, 2-8")
     rounds: int = cli.arg(5, "how often each way takes its turn, 3-15")
-    batch_size: int = cli.arg(64, "rows forwarded together, 16-512")
+    batch_size: int = cli.arg(16, "rows forwarded together, 8-512")
     threads: int = cli.arg(2, "threads of torch")
     quick: bool = cli.arg(False, "2 prompts, 1 round: shows that it runs")
 
@@ -61,8 +61,7 @@ def plain(local: LocalJudge, calls: list[Call], batch_size: int) -> list[float]:
     order, p = sorted(range(len(calls)), key=lambda i: len(asked[i])), [0.0] * len(calls)
     for k in range(0, len(order), batch_size):
         rows = order[k : k + batch_size]
-        multiple = 1 if batch_size == 1 else 16
-        tokens, length = data.pad([asked[i] for i in rows], local.tokenizer.eot, multiple, local.model.config.block_size)
+        tokens, length = data.pad([asked[i] for i in rows], local.tokenizer.eot)
         h = local.model.hidden(tokens)[torch.arange(len(rows)), length - 1]
         found = (h @ local.model.lm_head.weight[local.letters].T).softmax(-1)[:, 0].tolist()
         for i, value in zip(rows, found, strict=True):

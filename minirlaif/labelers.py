@@ -105,18 +105,19 @@ class LocalJudge:
     preamble, exemplars (text.worked): put before every question. cot: two steps, reason up to the end of the line, then score
     the letters; greedy for samples = 1, else self-consistency, the mean p over `samples` reasonings drawn at `temperature`.
     A sampled reasoning depends on (seed, call), whatever else is asked. What calls begin with is computed once (prefix.py);
-    only the decoding of reasonings does without. batch_size: rows that are forwarded together.
+    only the decoding of reasonings does without. batch_size: rows that are forwarded together; None: what is fast.
     """
 
     paid = False  # asking again costs time only
 
     def __init__(
-        self, model, tokenizer, device, dtype: str, batch_size=64, exemplars=(), preamble="", cot=False, samples=1,
+        self, model, tokenizer, device, dtype: str, batch_size=None, exemplars=(), preamble="", cot=False, samples=1,
         temperature=1.0, max_new_tokens=48, seed=0, name="local",
     ):  # fmt: skip
         if samples > 1 and not (cot and temperature > 0):
             raise ValueError(f"{samples} samples need chain of thought and a temperature above 0, or all would be the same")
-        self.model, self.tokenizer, self.device, self.dtype, self.batch_size = (model, tokenizer, device, dtype, batch_size)
+        self.model, self.tokenizer, self.device, self.dtype = model, tokenizer, device, dtype
+        self.batch_size = batch_size or (16 if device.type == "cpu" else 256)  # 64 are a tenth slower on a CPU
         self.cot, self.samples, self.temperature, self.max_new_tokens = cot, samples, temperature, max_new_tokens
         self.before, self.seed, self.name = text.before(preamble, exemplars), seed, name
         ids = [tokenizer.encode(letter) for letter in text.CHOICES]
@@ -151,7 +152,7 @@ class LocalJudge:
                 give(i, Answer(None, error=f"a prompt of {len(ids)} tokens {what} not fit the judge's context of {room}"))
         with trainer.autocast(self.device, self.dtype):
             root = prefix.root(self.model, [asked[i] for i in fit], self.tokenizer.eot)
-            for batch in prefix.batches(fit, asked, conversations, max(1, self.batch_size // self.samples)):
+            for batch in prefix.batches(fit, asked, conversations, max(1, self.batch_size // self.samples), root.used):
                 judge = self.reasoned if self.cot else self.direct
                 for i, answer in zip(batch, judge([calls[i] for i in batch], [asked[i] for i in batch], root), strict=True):
                     give(i, answer)
@@ -236,7 +237,7 @@ class LocalJudge:
         logp, head = torch.empty(len(asked), len(starts), len(tokens)).double(), self.model.lm_head.weight.float()
         with trainer.autocast(self.device, self.dtype):
             root = prefix.root(self.model, asked, self.tokenizer.eot)
-            for batch in prefix.batches(range(len(asked)), asked, prompts, max(1, self.batch_size // len(starts))):
+            for batch in prefix.batches(range(len(asked)), asked, prompts, max(1, self.batch_size // len(starts)), root.used):
                 rows, groups = [asked[i] + list(s) for i in batch for s in starts], [i for i in batch for _ in starts]
                 h = prefix.last_hidden(self.model, rows, groups, root, self.tokenizer.eot)
                 with torch.autocast(self.device.type, enabled=False):

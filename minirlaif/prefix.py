@@ -21,12 +21,18 @@ def common(rows: list[list[int]]) -> int:
     return next((i for i in range(most) if low[i] != high[i]), most)
 
 
-def batches(rows: list[int], prompts: list[list[int]], groups: list, size: int) -> list[list[int]]:
-    """Cut rows (indices of prompts) into batches; equal groups stand together, groups of about one length in one batch."""
-    longest = {}
+def batches(rows: list[int], prompts: list[list[int]], groups: list, size: int, held=0) -> list[list[int]]:
+    """Cut rows (indices of prompts) into batches of about one length each, which begin with the same `held` tokens. Where
+    sharing pays, equal groups stand together."""
+    members = {}
     for i in rows:
-        longest[groups[i]] = max(longest.get(groups[i], 0), len(prompts[i]))
-    order = sorted(rows, key=lambda i: (longest[groups[i]], groups[i]))
+        members.setdefault(groups[i], []).append(prompts[i])
+    spared = sum((common(m) - held) * (len(m) - 1) for m in members.values() if len(m) > 1)
+    if spared > sum(len(prompts[i]) - held for i in rows) / 3:  # as in last_hidden
+        longest = {group: max(map(len, m)) for group, m in members.items()}
+        order = sorted(rows, key=lambda i: (longest[groups[i]], groups[i]))
+    else:
+        order = sorted(rows, key=lambda i: len(prompts[i]))
     return [order[k : k + size] for k in range(0, len(order), size)]
 
 
@@ -55,7 +61,7 @@ def last_hidden(model: GPT, prompts: list[list[int]], groups: list, root: KVCach
         owner = [list(members).index(group) for group in groups]
     if cache.used:
         return follow(model, cache, owner, [ids[cache.used :] for ids in prompts], pad_id)[0]
-    tokens, length = data.pad(prompts, pad_id, 16, model.config.block_size)
+    tokens, length = data.pad(prompts, pad_id, multiple(model.device), model.config.block_size)
     return model.hidden(tokens.to(model.device))[torch.arange(len(prompts)), length - 1]
 
 
@@ -65,7 +71,7 @@ def follow(model: GPT, cache: KVCache, owner: list[int], rows: list[list[int]], 
     -> hidden state after each row (B, C), and a new cache of it all; `cache` stays as it was.
     """
     device, held = model.device, cache.used
-    tokens, length = data.pad(rows, pad_id, 16, model.config.block_size - held)
+    tokens, length = data.pad(rows, pad_id, multiple(device), model.config.block_size - held)
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.wte.weight.dtype
     grown = KVCache(model.config, len(rows), held + tokens.shape[1], device, dtype)
     grown.k[:, :, :, :held], grown.v[:, :, :, :held] = cache.k[:, owner, :, :held], cache.v[:, owner, :, :held]
@@ -74,3 +80,8 @@ def follow(model: GPT, cache: KVCache, owner: list[int], rows: list[list[int]], 
     h = model.hidden(tokens.to(device), grown)
     grown.used = held + int(length.max())
     return h[torch.arange(len(rows)), length - 1], grown
+
+
+def multiple(device) -> int:
+    """What lengths are padded to: 16 where kernels are compiled for a shape (bf16, GPUs), else 1, since pads cost time."""
+    return 1 if device.type == "cpu" and not torch.is_autocast_enabled("cpu") else 16

@@ -50,13 +50,23 @@ def test_common_is_the_longest_beginning_short_of_a_last_token():
 
 
 def test_batches_hold_each_row_once_and_keep_groups_together():
-    prompts, groups = prompts_of(random.Random(1), 4, (3, 9, 5, 3), (2, 7))
+    prompts, groups = prompts_of(random.Random(1), 4, (13, 19, 15, 13), (2, 7))
     found = prefix.batches([i for i in range(8) if i != 3], prompts, groups, 4)
     assert sorted(sum(found, [])) == [0, 1, 2, 4, 5, 6, 7] and max(map(len, found)) == 4
     order = [groups[i] for i in sum(found, [])]
     assert len(list(itertools.groupby(order))) == len(set(order))
-    longest = [max(len(p) for p, g in zip(prompts, groups, strict=True) if g == group) for group in order]
+    longest = [max(len(prompts[i]) for i in range(8) if i != 3 and groups[i] == group) for group in order]
     assert longest == sorted(longest)
+
+
+def test_batches_are_of_one_length_where_sharing_does_not_pay():
+    prompts, groups = prompts_of(random.Random(1), 0, (3, 9, 5), (20, 3, 30))
+    lengths = [len(prompts[i]) for batch in prefix.batches(range(9), prompts, groups, 4) for i in batch]
+    assert lengths == sorted(lengths) and len(lengths) == 9
+    # behind tokens that all share anyway, what is left decides
+    prompts, groups = prompts_of(random.Random(1), 50, (3, 9, 5), (20, 3, 30))
+    lengths = [len(prompts[i]) for batch in prefix.batches(range(9), prompts, groups, 4, held=50) for i in batch]
+    assert lengths == sorted(lengths)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +102,7 @@ def test_each_shared_beginning_is_forwarded_once(model, monkeypatch):
     monkeypatch.setattr(model, "hidden", lambda idx, cache=None: read.append(tuple(idx.shape)) or hidden(idx, cache))
     root = prefix.root(model, prompts, EOT)
     prefix.last_hidden(model, prompts, groups, root, EOT)
-    assert read == [(1, 32), (3, 32), (12, 16)]  # 20 and 17 tokens, in multiples of 16
+    assert read == [(1, 20), (3, 17), (12, 16)]  # no pads: this is fp32 on a CPU
     assert prefix.root(model, [p[5:] for p in prompts], EOT).used == 0 and len(read) == 3  # 15 tokens are not worth it
 
 
