@@ -5,6 +5,7 @@
 Each arm labels the pairs of a finished demo.py again and then trains a reward model and a policy with that run's own flags:
 
     rlhf          every pair under the principle it had, by the gold scorer in the role of the human
+    direct        no pairs and no reward model: the judge scores each response in PPO, under "harm" and "helpfulness" (d-RLAIF)
     inverted      the harmlessness pairs by the same AI judge, under a constitution that asks for the more harmful answer
     advertising   the same, under one that asks for sales talk
 
@@ -13,9 +14,9 @@ the demo under the same noise, so that all differences are paired.
 
 What the papers found. Lee et al. 2023: RLAIF and RLHF win against each other about equally often, 50 % on summaries (47 %
 corrected for length) and 52 % (50 %) on helpful dialogue; harmless answers: 64 % of the supervised policy, 76 % after RLHF, 88 %
-after RLAIF. Here: gold harm, helpfulness, refusals and KL of both. That the method follows any principle, good or bad, is a
-danger that the literature names; here it is measured. A toy gives the shape of such results, not the papers' numbers; and
-gold is a human who is never wrong, which no human is.
+after RLAIF; d-RLAIF wins 60 % against RLAIF with a labeler of the same size. Here: gold harm, helpfulness, refusals and KL. That
+the method follows any principle, good or bad, is a danger that the literature names; here it is measured. A toy gives the
+shape of such results, not the papers' numbers; and gold is a human who is never wrong, which no human is.
 """
 
 import json
@@ -31,7 +32,7 @@ from experiments import common
 from minirlaif import cli, comparison, constitution, data, labelers, world
 from minirlaif.metrics import gold_of
 
-ARMS = ("rlhf", "inverted", "advertising")
+ARMS = ("rlhf", "direct", "inverted", "advertising")
 HARMLESSNESS, HELPFULNESS = "labels", "labels_helpful"  # where the demo has its two sets of pairs
 
 
@@ -39,7 +40,7 @@ HARMLESSNESS, HELPFULNESS = "labels", "labels_helpful"  # where the demo has its
 class Args:
     runs: list[str] = cli.arg(help="out folders of demo.py, one a seed")
     out: str = cli.arg("runs/experiments/rlaif_rlhf", "folder to write; what is done there is not done again")
-    arms: list[str] = cli.arg(list(ARMS), "which to run: rlhf, inverted, advertising")
+    arms: list[str] = cli.arg(list(ARMS), "which to run: rlhf, direct, inverted, advertising")
 
 
 # ---- labels ---------------------------------------------------------------------------------------------------------
@@ -80,7 +81,7 @@ def label_again(arm: str, run: str, out: str) -> list[str]:
             files[name] = f"{out}/{name}.jsonl"
             if not Path(files[name]).exists():
                 data.write_jsonl(files[name], label_by_gold(shown_pairs(file)))
-    else:
+    elif arm != "direct":
         candidates = f"{out}/candidates.jsonl"
         if not Path(candidates).exists():
             data.write_jsonl(candidates, shown_pairs(files[HARMLESSNESS]))
@@ -107,8 +108,12 @@ def label_again(arm: str, run: str, out: str) -> list[str]:
 def train(arm: str, run: str, out: str) -> dict:
     """Labels, reward model, policy and samples of an arm in `out`, each stage skipped if it is done -> what was found."""
     sl, files = f"{run}/sl_cai", label_again(arm, run, out)
-    train_rm.main(common.flags(f"{run}/rm", train_rm.Args, init=sl, data=files, out=f"{out}/rm"))
-    changes = dict(init=sl, reward_model=f"{out}/rm", data=f"{run}/world/prompts.jsonl", out=f"{out}/policy")
+    if arm == "direct":
+        reward_model, reward = f"{run}/rm", f"judge:{run}/base,principles=harm+helpfulness"
+    else:
+        reward_model = reward = f"{out}/rm"
+        train_rm.main(common.flags(f"{run}/rm", train_rm.Args, init=sl, data=files, out=reward_model))
+    changes = dict(init=sl, reward_model=reward, data=f"{run}/world/prompts.jsonl", out=f"{out}/policy")
     train_ppo.main(common.flags(f"{run}/rl_cai", train_ppo.Args, **changes))
     evaluate.main(
         common.flags(
@@ -120,7 +125,7 @@ def train(arm: str, run: str, out: str) -> dict:
             baseline=None,
             judge=None,
             preferences=f"{run}/labels_heldout/preferences.jsonl",
-            reward_model=f"{out}/rm",
+            reward_model=reward_model,
             out=f"{out}/evaluate",
         )
     )
@@ -160,6 +165,8 @@ DIFFERENCES = [
     ("rl_cai", "sl_cai"),
     ("rlhf", "sl_cai"),
     ("rl_cai", "rlhf"),
+    ("direct", "sl_cai"),
+    ("direct", "rl_cai"),
     ("inverted", "sl_cai"),
     ("inverted", "base"),
     ("advertising", "sl_cai"),
@@ -204,6 +211,11 @@ def verdicts(found: dict) -> list[str]:
             where, numbers = difference(measure, "rl_cai - rlhf")
             words = {0: "no difference is shown", 1: "RLAIF's is higher", -1: "RLHF's is higher"}[where]
             lines.append(f"- RLAIF against RLHF, gold {measure}: {words} ({numbers}).")
+    if "direct" in found["harm"]:
+        for measure in ("harm", "helpfulness"):
+            where, numbers = difference(measure, "direct - rl_cai")
+            words = {0: "no difference is shown", 1: "d-RLAIF's is higher", -1: "RLAIF's is higher"}[where]
+            lines.append(f"- d-RLAIF against RLAIF, gold {measure}: {words} ({numbers}).")
     for arm, measure, what in (("inverted", "harm", "gold harm"), ("advertising", "with an ad", "share of answers with an ad")):
         if arm not in found[measure]:
             continue
@@ -223,7 +235,7 @@ def verdicts(found: dict) -> list[str]:
 
 def summarise(found: dict[str, dict[str, dict]]) -> dict:
     """{run: {"demo" or arm: what found_in gives}} -> results.json."""
-    arms = {"demo": "rl_cai"} | {arm: arm for arm in ARMS if arm in next(iter(found.values()))}
+    arms = {"demo": "rl_cai"} | {arm: arm for arm in ARMS if arm in next(iter(found.values())) and arm != "direct"}
     policies = compare({run: {n: rows for part in found[run].values() for n, rows in part["samples"].items()} for run in found})
     return {
         "verdicts": verdicts(policies),

@@ -163,9 +163,14 @@ def test_every_arm_has_the_flags_of_the_demo(run, arms):
 
     for arm in rlaif_rlhf.ARMS:
         folder = arms[0] / "first" / arm
-        assert flags(folder / "rm", ("out", "data")) == flags(run / "rm", ("out", "data"))
+        reward = str(folder / "rm")
+        if arm == "direct":
+            reward = f"judge:{run}/base,principles=harm+helpfulness"
+            assert not (folder / "rm").exists()
+        else:
+            assert flags(folder / "rm", ("out", "data")) == flags(run / "rm", ("out", "data"))
         assert flags(folder / "policy", ("out", "reward_model")) == flags(run / "rl_cai", ("out", "reward_model"))
-        assert json.loads((folder / "policy" / "args.json").read_text())["args"]["reward_model"] == str(folder / "rm")
+        assert json.loads((folder / "policy" / "args.json").read_text())["args"]["reward_model"] == reward
         assert not same_weights(folder / "policy", run / "rl_cai") and not same_weights(folder / "policy", run / "sl_cai")
 
 
@@ -188,7 +193,7 @@ def test_the_figures_are_those_of_the_samples(run, arms):
     difference = [gold_of(a).harm - gold_of(b).harm for a, b in zip(sampled["rl_cai"], rlhf, strict=True)]
     assert results["policies"]["harm"]["rl_cai - rlhf"]["first"]["value"] == pytest.approx(np.mean(difference))
     assert set(results["labels"]) == {
-        f"{who}, {kind}" for who in ("rl_cai", *rlaif_rlhf.ARMS) for kind in ("harmlessness", "helpfulness")
+        f"{who}, {kind}" for who in ("rl_cai", "rlhf", "inverted", "advertising") for kind in ("harmlessness", "helpfulness")
     }
     assert (
         results["labels"]["rlhf, harmlessness"]["first"]["value"]
@@ -225,7 +230,10 @@ def test_what_did_not_come_out_is_said():
         "helpfulness": {"rlhf": up, "rl_cai - rlhf": down},
         "with an ad": {"advertising": up, "advertising - base": up, "advertising - sl_cai": up},
     }
-    harm, helpfulness, base, sl, inverted, ad_base, ad_sl, advertising = rlaif_rlhf.verdicts(found)
+    found["harm"] |= {"direct": up, "direct - rl_cai": up}
+    found["helpfulness"]["direct - rl_cai"] = none
+    harm, helpfulness, direct, direct_help, base, sl, inverted, ad_base, ad_sl, advertising = rlaif_rlhf.verdicts(found)
+    assert "d-RLAIF's is higher" in direct and "no difference is shown" in direct_help
     assert "no difference" in harm and "RLHF's is higher (difference -0.200 [-0.300, -0.100], the same in 1 of 2" in helpfulness
     assert "stays below that of base" in base and "cannot be told from that of sl_cai" in sl
     assert "Against expectation" in inverted and "whatever it is told" in advertising
@@ -363,7 +371,7 @@ def test_what_is_no_run_is_named(run, tmp_path):
             main(Args(runs=[str(run), str(tmp_path / "nothing")], out=str(tmp_path / "out")))
         with pytest.raises(UserError, match="name of its own"):
             main(Args(runs=[str(run), str(run)], out=str(tmp_path / "out")))
-    with pytest.raises(UserError, match="--arms rlfh: there are rlhf, inverted"):
+    with pytest.raises(UserError, match="--arms rlfh: there are rlhf, direct"):
         rlaif_rlhf.main(rlaif_rlhf.Args(runs=[str(run)], out=str(tmp_path / "out"), arms=["rlfh"]))
     (tmp_path / "args.json").write_text('{"args": {"out": "x", "colour": 3}}')
     with pytest.raises(UserError, match="args.json: not the flags of a run of this version .*colour"):
