@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minirlaif import cli, data, trainer
-from minirlaif.model import GPT, GPTConfig, rows_where
+from minirlaif import cli, data, ddp, trainer
+from minirlaif.model import GPT, GPTConfig, rows_where, upcast
 from minirlaif.muon import Muon
 from minirlaif.tokenizer import load_tokenizer
 
@@ -48,17 +48,18 @@ class Args:
     resume: bool = cli.arg(False, "continue the run in --out")
 
 
-def weighted_loss(model: GPT, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def weighted_loss(model: GPT, tokens: torch.Tensor, weights: torch.Tensor, total=None) -> torch.Tensor:
     """Mean cross-entropy (nats) of tokens (B, T) under weights (B, T); a token of weight 0 is context only.
 
     weights[b, t] belongs to token t, which is predicted from the tokens before it; the first token is never predicted.
+    total: the sum of the weights of the whole batch, where these rows are a part of it.
     """
     where = weights[:, 1:] > 0
     logits = model.logits(rows_where(model.hidden(tokens)[:, :-1], where))  # (N, V): the head runs where there is a loss
     targets, weights = (rows_where(x[:, 1:, None], where).squeeze(-1) for x in (tokens, weights))
     weights[int(where.sum()) :] = 0  # the copies that fill up the shape
-    loss = F.cross_entropy(logits.float(), targets, reduction="none")
-    return (loss * weights).sum() / weights.sum()
+    loss = F.cross_entropy(upcast(logits), targets, reduction="none")
+    return (loss * weights).sum() / (weights.sum() if total is None else total)
 
 
 def load_documents(args: Args, tokenizer, block_size: int) -> list[tuple[list[int], list[float]]]:
@@ -94,7 +95,7 @@ def main(args: Args) -> dict:
     cli.require_positive(args, "epochs", "tokens_per_batch", "block_size", "n_layer", "n_head", "n_embd", "max_grad_norm")
     cli.require_not_negative(args, "lr", "muon_lr", "warmup", "weight_decay")
     cli.require_share(args, "eval_fraction", "dropout")
-    device = trainer.resolve_device(args.device)
+    device = ddp.start(trainer.resolve_device(args.device))
     if args.init:
         tokenizer, model = trainer.tokenizer_of(args.init), trainer.load_gpt(args.init, device)
     else:
@@ -140,20 +141,26 @@ def main(args: Args) -> dict:
         model.train()
         seen, started = 0, time.monotonic()
         bar = tqdm(
-            range(first, len(batches)), initial=first, total=len(batches), desc="pretrain", unit="step", dynamic_ncols=True
+            range(first, len(batches)), initial=first, total=len(batches), desc="pretrain", unit="step", dynamic_ncols=True,
+            disable=ddp.rank() > 0,
         )
         for step in bar:
             # dropout's noise, if there is any: resumable because it depends on seed and step alone
-            torch.manual_seed(trainer.rng(args.seed, "dropout", step).initial_seed())
+            torch.manual_seed(trainer.rng(args.seed, "dropout", step, ddp.rank()).initial_seed())
             lr_scale = trainer.lr_at(step, len(batches), args.warmup, args.schedule)
             for optimizer, peak in zip(optimizers, (args.lr, args.muon_lr), strict=False):
                 for group in optimizer.param_groups:
                     group["lr"] = peak * lr_scale
-            tokens, weights = batch([documents[i] for i in batches[step]])
-            with trainer.autocast(device, dtype):
-                loss = weighted_loss(model, tokens, weights)
+            weight = sum(sum(documents[i][1][1:]) for i in batches[step])
+            loss, mine = torch.zeros((), device=device), ddp.share(batches[step])
             model.zero_grad(set_to_none=True)
-            loss.backward()
+            if mine:
+                tokens, weights = batch([documents[i] for i in mine])
+                with trainer.autocast(device, dtype):
+                    loss = weighted_loss(model, tokens, weights, weight)
+                loss.backward()
+            loss = ddp.total(loss.detach())
+            ddp.sum_gradients(model)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             if not norm.isfinite():  # before the step that would spoil the weights
                 raise cli.UserError(f"{args.out}: step {step}: the gradient is {norm.item()}; try a lower --lr, or --dtype fp32")

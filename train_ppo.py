@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minirlaif import cli, data, ppo, rewards, rollouts, trainer
+from minirlaif import cli, data, ddp, ppo, rewards, rollouts, trainer
 from minirlaif.cli import UserError
 from minirlaif.heads import RewardModel, ValueModel
 from minirlaif.model import GPT, response_mask, token_logprobs
-from minirlaif.sampling import Samples, generate
+from minirlaif.sampling import Samples, gather, generate
 
 TOKENS_PER_FORWARD = {"cpu": 1024, "mps": 8192, "cuda": 65536}  # more is no faster there, and memory grows with it
 
@@ -79,17 +79,19 @@ class Models(NamedTuple):
 @torch.no_grad()
 def score(models: Models, samples: Samples, parts, temperature, precision):
     """What all four models say of the samples: dict of tokens, mask, logprobs, ref_logprobs, values, entropy [B, T],
-    scores [B] and the exact KL to the reference [N tokens]. `parts` are the index tensors that go through a forward together."""
+    scores [B], and the exact KL to the reference summed over all tokens. `parts` are the index tensors that go through a
+    forward together; of several processes each scores its own, and all get the whole."""
     length = samples.length.cpu()
     limit = min(gpt.config.block_size for gpt in (models.policy, models.ref_policy, models.value_model.gpt))
     T = max(ppo.padded_length(length, limit), samples.tokens.shape[1])
     tokens = F.pad(samples.tokens, (0, T - samples.tokens.shape[1]))
     mask = response_mask(samples.prompt_len, samples.length, T)
     logprobs, ref_logprobs, values, entropy = torch.zeros(4, *tokens.shape, device=tokens.device)
-    scores, kl_full = torch.zeros(len(tokens), device=tokens.device), []
+    scores, kl_full = torch.zeros(len(tokens), device=tokens.device), torch.zeros((), device=tokens.device)
     reads_text = isinstance(models.reward_model, rewards.TextReward)
     if reads_text:
-        scores = models.reward_model(samples).to(tokens.device)
+        rows = ddp.share(torch.arange(len(tokens)))
+        scores[rows] = models.reward_model(samples.select(rows)).to(tokens.device)
     for rows in parts:
         width = ppo.padded_length(length[rows], T)  # the shape that the update will use
         t, m = tokens[rows, :width], mask[rows, :width]
@@ -97,12 +99,13 @@ def score(models: Models, samples: Samples, parts, temperature, precision):
             logprobs[rows, :width], entropy[rows, :width] = token_logprobs(models.policy, t, m, temperature)
             ref_logprobs[rows, :width], _ = token_logprobs(models.ref_policy, t, m, temperature)
             values[rows, :width] = models.value_model(t, m)
-            kl_full.append(ppo.full_kl(models.policy, models.ref_policy, t, m, temperature))
+            kl_full += ppo.full_kl(models.policy, models.ref_policy, t, m, temperature).sum()
             if not reads_text:
                 scores[rows] = models.reward_model(t, samples.length[rows])
     result = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values, "entropy": entropy, "scores": scores}
-    result["kl_full"] = torch.cat(kl_full)
+    result["kl_full"] = kl_full
     for name, x in result.items():
+        result[name] = x = ddp.total(x)  # each process has filled in its rows
         if not x.isfinite().all():
             raise FloatingPointError(f"{name} are not all finite")
     return {"tokens": tokens, "mask": mask, **result}
@@ -138,7 +141,7 @@ def ppo_step(models: Models, samples: Samples, args: Args, kl_coef, step, precis
     if dump is not None:
         dump(rollout, x["ref_logprobs"], token_rewards, scores)
 
-    if step == 0:  # a wrong reference, dropout, or log-probs of another forward would show here
+    if step == 0 and parts:  # a wrong reference, dropout, or log-probs of another forward would show here
         part = rollout.select(parts[0])
         with precision:
             now, _ = token_logprobs(models.policy, part.tokens, part.mask, args.temperature)
@@ -159,7 +162,7 @@ def ppo_step(models: Models, samples: Samples, args: Args, kl_coef, step, precis
         "objective/scores_std": x["scores"].std(correction=0).item(),
         "objective/kl": kl,
         "objective/kl_k3": torch.where(mask, ppo.k3(log_ratio), 0.0).sum(1).mean().item(),
-        "objective/kl_full": x["kl_full"].sum().item() / len(mask),
+        "objective/kl_full": x["kl_full"].item() / len(mask),
         "objective/non_score_reward": -kl_coef * kl,
         "objective/rlhf_reward": scores.mean().item() - kl_coef * kl,
         "objective/entropy": ppo.masked_mean(x["entropy"], mask).item(),  # nats a token
@@ -181,7 +184,9 @@ def main(args: Args):
         raise UserError("--missing-eos-penalty nan: must be a number, or inf for none")
     if args.min_new_tokens is not None and args.min_new_tokens > args.max_new_tokens:
         raise UserError(f"--min-new-tokens {args.min_new_tokens}: more than --max-new-tokens {args.max_new_tokens}")
-    device = trainer.resolve_device(args.device)
+    if args.minibatch_size < ddp.world():
+        raise UserError(f"--minibatch-size {args.minibatch_size}: fewer rows than the {ddp.world()} processes")
+    device = ddp.start(trainer.resolve_device(args.device))
     with trainer.Run(args.out, args, args.resume) as run:
         if run.finished:
             return None
@@ -199,12 +204,13 @@ def main(args: Args):
                 part.load_state_dict(state[name])
 
         def sample(model, step, batch_size, *key):
-            batch = [prompts[i] for i in pick(len(prompts), step, batch_size, args.seed)]
+            batch = [prompts[i] for i in ddp.share(pick(len(prompts), step, batch_size, args.seed))]
             noise, n = trainer.rng(args.seed, "sample", *key).initial_seed(), args.max_new_tokens
             if args.min_new_tokens is not None:
                 n = torch.randint(args.min_new_tokens, n + 1, (), generator=trainer.rng(args.seed, "limit", *key)).item()
             with precision:  # no top-k or top-p: a policy that leaves out tokens is another policy
-                return generate(model, batch, n, tokenizer.eot, args.temperature, seed=noise)
+                rows = ddp.share(range(batch_size))
+                return gather(generate(model, batch, n, tokenizer.eot, args.temperature, seed=noise, rows=rows))
 
         scale = {}
         if isinstance(models.reward_model, rewards.TextReward):
@@ -218,7 +224,7 @@ def main(args: Args):
             weights = {name: part.state_dict() for name, part in parts.items()}
             return {"kl_coef": kl.kl_coef, "metrics": metrics, "scale": scale, **weights}
 
-        progress = tqdm(range(start, args.steps), "ppo", initial=start, total=args.steps, mininterval=1)
+        progress = tqdm(range(start, args.steps), "ppo", initial=start, total=args.steps, mininterval=1, disable=ddp.rank() > 0)
         for step in progress:
             began = time.perf_counter()
             learning_rates = anneal(models, args, step)
@@ -228,7 +234,7 @@ def main(args: Args):
 
             # 2. to 5. Score, reward, advantages, update
             dump = None
-            if args.dump_rollouts:
+            if args.dump_rollouts and ddp.rank() == 0:
                 path = run.folder / "rollouts" / f"{step:05d}.jsonl"  # one file a step: a step done again writes it again
                 dump = partial(rollouts.write, path, step, tokenizer, samples.stopped, args.dump_rollouts)
             try:

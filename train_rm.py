@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
-from minirlaif import cli, data, trainer
+from minirlaif import cli, data, ddp, trainer
 from minirlaif.cli import UserError
 from minirlaif.heads import RewardModel
 from minirlaif.losses import kwise_loss, preference_loss
@@ -70,7 +70,7 @@ def main(args: Args):
     cli.require_positive(args, "epochs", "batch_size", "max_grad_norm")
     cli.require_not_negative(args, "weight_decay", "lr")
     cli.require_share(args, "eval_fraction")
-    device = trainer.resolve_device(args.device)
+    device = ddp.start(trainer.resolve_device(args.device))
     with trainer.Run(args.out, args, args.resume) as run:
         if run.finished:
             return None
@@ -98,7 +98,7 @@ def main(args: Args):
         def make_state():
             return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
 
-        progress = tqdm(range(start, total), "reward model", initial=start, total=total, mininterval=1)
+        progress = tqdm(range(start, total), "reward model", initial=start, total=total, mininterval=1, disable=ddp.rank() > 0)
         seen, started = 0, time.monotonic()
         for step in progress:
             epoch, place = divmod(step, steps_per_epoch)
@@ -106,12 +106,14 @@ def main(args: Args):
             batch = [train[i] for i in order[place * args.batch_size : (place + 1) * args.batch_size]]
             for parameters in optimizer.param_groups:
                 parameters["lr"] = args.lr * trainer.lr_at(step, total, total // 20, "cosine", min_ratio=0.1)
-            loss = 0.0
-            for part in in_parts(batch, device):  # each weighs as many elements as it has: the mean is the batch's
+            loss, mine = 0.0, ddp.share(batch)
+            for part in in_parts(mine, device) if mine else ():  # each weighs as many elements as it has: the mean is the batch's
                 scores, p = score_groups(model, part, tokenizer.eot, precision)
                 part_loss = kwise_loss(scores, p) * len(part) / len(batch)
                 part_loss.backward()
                 loss += part_loss.item()
+            loss = ddp.total(torch.tensor(loss, device=device)).item()
+            ddp.sum_gradients(model)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
             if not math.isfinite(loss + norm):
                 raise UserError(f"{args.out}: step {step}: loss {loss}, gradient {norm}; try a lower --lr, or --dtype fp32")

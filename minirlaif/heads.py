@@ -10,6 +10,8 @@ import copy
 import torch
 from torch import nn
 
+from minirlaif.model import upcast
+
 
 class ScalarModel(nn.Module):
     """A trunk, a linear head and an affine scale. `zero_head`: start at 0 everywhere instead of at N(0, 1/(d+1))."""
@@ -29,7 +31,7 @@ class ScalarModel(nn.Module):
         """[B, T] ids -> [B, T] numbers; position t has seen tokens 0..t."""
         h = self.gpt.hidden(tokens)  # [B, T, C]
         with torch.autocast(h.device.type, enabled=False):  # a bf16 score has three digits
-            raw = self.head(h.float()).squeeze(-1)
+            raw = self.head(upcast(h)).squeeze(-1)
         return self.gain * raw + self.bias
 
 

@@ -155,6 +155,11 @@ class GPT(nn.Module):
         return self.logits(self.hidden(idx))
 
 
+def upcast(x: torch.Tensor) -> torch.Tensor:
+    """bf16 to fp32, for what must not be rounded; fp64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def response_mask(prompt_len: torch.Tensor, length: torch.Tensor, T: int) -> torch.Tensor:
     """(B, T) bool: True where a token belongs to the response, prompt_len ≤ t < length (end-of-text included)."""
     t = torch.arange(T, device=length.device)
@@ -185,7 +190,7 @@ def token_logprobs(model: GPT, tokens: torch.Tensor, mask: torch.Tensor, tempera
     targets = rows_where(tokens[:, 1:, None], where).squeeze(-1)  # (N',)
 
     def head(h, targets):
-        logits = model.logits(h).float() / temperature
+        logits = upcast(model.logits(h)) / temperature
         logp = F.log_softmax(logits, dim=-1)
         with torch.no_grad():  # a metric; an entropy bonus is not part of these recipes
             entropy = -(logp.exp() * logp).sum(-1)
@@ -195,7 +200,7 @@ def token_logprobs(model: GPT, tokens: torch.Tensor, mask: torch.Tensor, tempera
         checkpoint(head, h_, t_, use_reentrant=False) if h.requires_grad else head(h_, t_)
         for h_, t_ in zip(h.split(chunk), targets.split(chunk), strict=True)
     ]
-    out = torch.zeros(2, *tokens.shape, device=tokens.device)
     logprobs, entropy = (torch.cat(p)[:N] for p in zip(*parts, strict=True))
+    out = torch.zeros(2, *tokens.shape, device=tokens.device, dtype=logprobs.dtype)
     where = torch.cat([torch.zeros_like(mask[:, :1]), mask[:, 1:]], dim=1)
     return out[0].masked_scatter(where, logprobs), out[1].masked_scatter(where, entropy)

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from minirlaif.model import token_logprobs
+from minirlaif import ddp
+from minirlaif.model import token_logprobs, upcast
 
 
 def masked_mean(x, mask, count=None):
@@ -65,8 +66,8 @@ def full_kl(policy, ref_policy, tokens, mask, temperature=1.0, chunk=2048):
     h, h_ref = (model.hidden(tokens)[:, :-1][mask[:, 1:]] for model in (policy, ref_policy))  # [N, C]
     parts = []
     for rows in torch.arange(len(h), device=h.device).split(chunk):
-        p = (policy.logits(h[rows]).float() / temperature).log_softmax(-1)  # [chunk, V]
-        q = (ref_policy.logits(h_ref[rows]).float() / temperature).log_softmax(-1)
+        p = (upcast(policy.logits(h[rows])) / temperature).log_softmax(-1)  # [chunk, V]
+        q = (upcast(ref_policy.logits(h_ref[rows])) / temperature).log_softmax(-1)
         parts.append((p.exp() * (p - q)).sum(-1))
     return torch.cat(parts)
 
@@ -187,11 +188,14 @@ def split_rows(length, minibatch_size, tokens_per_forward, generator):
 
     A minibatch is one optimizer step on `minibatch_size` rows. Its index tensors are the parts that go through a
     forward together: rows of like length, so that few pads are computed, and at most about `tokens_per_forward`
-    tokens, so that memory is bounded.
+    tokens, so that memory is bounded. Of several processes each gets its share of every minibatch.
     """
     minibatches = []
     for rows in torch.randperm(len(length), generator=generator).split(minibatch_size):
-        rows = rows[length[rows].argsort(stable=True)]
+        rows = ddp.share(rows[length[rows].argsort(stable=True)])
+        if not len(rows):
+            minibatches.append([])
+            continue
         parts = math.ceil(len(rows) * padded_length(length[rows], limit=math.inf) / tokens_per_forward)
         minibatches.append(rows.tensor_split(min(parts, len(rows))))
     return minibatches
@@ -206,10 +210,10 @@ def update(policy, value_model, policy_optimizer, value_optimizer, rollout, epoc
     before the step that would spoil the weights, where a gradient is not finite.
     """
     models = {"policy": (policy, policy_optimizer), "value": (value_model, value_optimizer)}
-    totals, seen, steps = Counter(), 0, 0
+    totals, norms, seen, steps = Counter(), Counter(), 0, 0
     for parts in (parts for epoch in epochs for parts in epoch):
         before, seen = totals["policy/approx_kl"], seen + 1
-        count = sum(rollout.mask[rows].sum() for rows in parts)
+        count = ddp.total(sum((rollout.mask[rows].sum() for rows in parts), start=torch.zeros_like(rollout.mask[0, 0].long())))
         for rows in parts:
             part = rollout.select(rows)
             with precision or nullcontext():
@@ -222,16 +226,18 @@ def update(policy, value_model, policy_optimizer, value_optimizer, rollout, epoc
             loss, stats = value_loss(values, part.values, part.returns, part.mask, cliprange_value, count)
             loss.backward()
             totals.update(stats)
-        if max_approx_kl is not None and totals["policy/approx_kl"] - before > max_approx_kl:
+        if max_approx_kl is not None and ddp.total(totals["policy/approx_kl"] - before) > max_approx_kl:
             policy_optimizer.zero_grad(set_to_none=True)
             value_optimizer.zero_grad(set_to_none=True)
             break
         steps += 1
         for name, (model, optimizer) in models.items():
+            ddp.sum_gradients(model)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
             if not norm.isfinite():
                 raise FloatingPointError(f"the gradient of the {name} model is {norm.item()}")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            totals[f"{name}/grad_norm"] += norm
+            norms[f"{name}/grad_norm"] += norm
+    totals = dict(zip(totals, ddp.total(torch.stack(list(totals.values()))).tolist(), strict=True)) | norms
     return {name: float(total) / seen for name, total in totals.items()} | {"policy/updates": steps}

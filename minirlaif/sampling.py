@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from minirlaif import ddp
 from minirlaif.model import GPT, KVCache
 
 
@@ -23,6 +24,24 @@ class Samples(NamedTuple):
         """The response ids of each row, without the end-of-text."""
         rows = zip(self.tokens.tolist(), self.prompt_len.tolist(), self.length.tolist(), self.stopped.tolist(), strict=True)
         return [row[start : end - stop] for row, start, end, stop in rows]
+
+    def select(self, rows) -> "Samples":
+        return Samples(*(x[rows] for x in self))
+
+
+def gather(samples: Samples) -> Samples:
+    """The samples of a whole batch, of which each process has generated its share (ddp.share)."""
+    if ddp.world() == 1:
+        return samples
+    parts = ddp.gather(Samples(*(x.cpu() for x in samples)))
+    T, B = max(part.tokens.shape[1] for part in parts), sum(len(part.tokens) for part in parts)
+    whole = Samples(*(torch.zeros(B, *x.shape[1:], dtype=x.dtype) for x in parts[0]))
+    whole = whole._replace(tokens=torch.zeros(B, T, dtype=torch.long))
+    for rank, part in enumerate(parts):
+        ddp.share(whole.tokens, rank)[:, : part.tokens.shape[1]] = part.tokens
+        for x, mine in zip(whole[1:], part[1:], strict=True):
+            ddp.share(x, rank)[:] = mine
+    return Samples(*(x.to(samples.tokens.device) for x in whole))
 
 
 def sample_token(logits, u, temperature=1.0, top_k=None, top_p=None):
@@ -49,12 +68,14 @@ def sample_token(logits, u, temperature=1.0, top_k=None, top_p=None):
 
 @torch.no_grad()
 def generate(
-    model: GPT, prompts: list[list[int]], max_new_tokens: int, eot: int, temperature=1.0, top_k=None, top_p=None, seed=0, stop=()
-) -> Samples:
+    model: GPT, prompts: list[list[int]], max_new_tokens: int, eot: int, temperature=1.0, top_k=None, top_p=None, seed=0, stop=(),
+    rows=None,
+) -> Samples:  # fmt: skip
     """Continue each prompt until end-of-text (or one of the ids in `stop`) or max_new_tokens.
 
-    Row i of the same (prompts, seed) is always the same sample. Raises ValueError for an empty prompt, and for one that
-    leaves no room: prompt + max_new_tokens must fit block_size (named by row, never cropped).
+    Row i of the same (prompts, seed) is always the same sample; rows: which rows of a larger batch these are. Raises
+    ValueError for an empty prompt, and for one that leaves no room: prompt + max_new_tokens must fit block_size (named by
+    row, never cropped).
     """
     device, config = model.device, model.config
     B, lengths = len(prompts), [len(p) for p in prompts]
@@ -69,7 +90,8 @@ def generate(
         tokens[row, : len(p)] = torch.tensor(p)
     tokens = tokens.to(device)
     prompt_len = torch.tensor(lengths, device=device)
-    noise = torch.rand(B, max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
+    rows = range(B) if rows is None else rows
+    noise = torch.rand(rows[-1] + 1, max_new_tokens, generator=torch.Generator().manual_seed(seed))[list(rows)].to(device)
     training = model.training
     model.eval()
 

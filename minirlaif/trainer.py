@@ -5,7 +5,7 @@ rules make it so: all that is needed to continue is in state.pt, which is replac
 a global random generator (noise comes from `rng(seed, what, step)`, so counters are enough); and precision and thread count
 are decided once and kept in args.json, not measured anew.
 
-Left out: distributed training, gradient scaling for fp16, experiment trackers.
+Of several processes (ddp.py) the first writes, for all. Left out: gradient scaling for fp16, experiment trackers.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from minirlaif import ddp
 from minirlaif.cli import UserError
 from minirlaif.data import atomic_write, sync
 from minirlaif.heads import RewardModel
@@ -153,25 +154,32 @@ class Run:
             self.info |= stored
             torch.set_num_threads(self.info["threads"])
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if ddp.rank() == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.metrics_file.write_bytes(b"")
             self._write_info()
-            self.metrics_file.write_bytes(b"")
         self.saved_at, self.interrupted, self.old_handler = time.monotonic(), False, None
         if not self.finished and threading.current_thread() is threading.main_thread():
             self.old_handler = signal.signal(signal.SIGINT, self._on_interrupt)
 
     def resolve_dtype(self, device, model):
         """args.dtype resolved: once, then read from args.json, since a second measurement may come out differently."""
-        if "dtype" not in self.info:
-            self.info["dtype"] = resolve_dtype(self.info["args"]["dtype"], device, model)
+        dtype = self.info.get("dtype")
+        if dtype is None and ddp.rank() == 0:
+            dtype = resolve_dtype(self.info["args"]["dtype"], device, model)
+        if self.info.get("dtype") != (dtype := ddp.agree(dtype)):
+            self.info["dtype"] = dtype
             self._write_info()
-        return self.info["dtype"]
+        return dtype
 
     def load_state(self):
         """The last checkpoint (tensors on the CPU) or None; metrics.jsonl is cut back to where it stood then.
 
         A state.pt that cannot be read is replaced by state.prev.pt, with a warning. UserError: that one is damaged too.
         """
+        return ddp.agree(self._load_state() if ddp.rank() == 0 else None)
+
+    def _load_state(self):
         files = [f for f in (self.state_file, self.previous_file) if f.exists()]
         for file in files:
             try:
@@ -198,6 +206,8 @@ class Run:
                     raise UserError(f"{self.folder}: {name} is {value} at step {step}: try a lower --lr, or --dtype fp32")
                 value = float(f"{value:.6g}")
             row[name] = value
+        if ddp.rank() > 0:
+            return
         try:
             with open(self.metrics_file, "ab") as f:
                 f.write(json.dumps(row).encode() + b"\n")
@@ -209,6 +219,8 @@ class Run:
 
         state: what weights_only loads, that is tensors, numbers, strings, and plain lists, tuples and dicts of them.
         """
+        if ddp.rank() > 0:
+            return
         sync(self.metrics_file)
         with atomic_write(self.state_file, self.previous_file) as f:
             torch.save({"state": state, "metrics_bytes": self.metrics_file.stat().st_size}, f)
@@ -216,6 +228,7 @@ class Run:
 
     def end_step(self, step, make_state):
         """After a step: save {"step": step, **make_state()} when save_every_s have passed; on Ctrl-C save and stop."""
+        self.interrupted = any(ddp.gather(self.interrupted))
         if self.interrupted or time.monotonic() - self.saved_at >= self.save_every_s:
             self.save_state({"step": step, **make_state()})
         self._stop_if_interrupted()
@@ -225,6 +238,7 @@ class Run:
         self.info["finished"] = self.finished = True
         self.info["files"] = sorted(f.name for f in self.folder.iterdir() if not f.name.startswith("state"))
         self._write_info()
+        ddp.agree(None)  # the others go on when all is written
         self._stop_if_interrupted()
         self.close()
 
@@ -252,6 +266,8 @@ class Run:
             raise KeyboardInterrupt
 
     def _write_info(self):
+        if ddp.rank() > 0:
+            return
         with atomic_write(self.folder / "args.json") as f:
             f.write(json.dumps(self.info, indent=2).encode() + b"\n")
 
@@ -296,6 +312,8 @@ def save_model(path, config, state_dict, kind="gpt", tokenizer_name=None, extra=
 
     path: a file, or a run folder (then its model.pt). extra: a dict of plain values and tensors, kept beside them.
     """
+    if ddp.rank() > 0:
+        return
     content = {"kind": kind, "config": asdict(config), "model": state_dict, "tokenizer": tokenizer_name, **(extra or {})}
     content["tokenizer_hash"] = load_tokenizer(tokenizer_name).hash if tokenizer_name else None
     with atomic_write(_model_file(path)) as f:
