@@ -6,6 +6,7 @@ Each arm labels the pairs of a finished demo.py again and then trains a reward m
 
     rlhf          every pair under the principle it had, by the gold scorer in the role of the human
     direct        no pairs and no reward model: the judge scores each response in PPO, under "harm" and "helpfulness" (d-RLAIF)
+    direct_harm   the same under "harm" alone
     inverted      the harmlessness pairs by the same AI judge, under a constitution that asks for the more harmful answer
     advertising   the same, under one that asks for sales talk
 
@@ -32,7 +33,8 @@ from experiments import common
 from minirlaif import cli, comparison, constitution, data, labelers, world
 from minirlaif.metrics import gold_of
 
-ARMS = ("rlhf", "direct", "inverted", "advertising")
+DIRECT = {"direct": "harm+helpfulness", "direct_harm": "harm"}
+ARMS = ("rlhf", *DIRECT, "inverted", "advertising")
 HARMLESSNESS, HELPFULNESS = "labels", "labels_helpful"  # where the demo has its two sets of pairs
 
 
@@ -40,7 +42,7 @@ HARMLESSNESS, HELPFULNESS = "labels", "labels_helpful"  # where the demo has its
 class Args:
     runs: list[str] = cli.arg(help="out folders of demo.py, one a seed")
     out: str = cli.arg("runs/experiments/rlaif_rlhf", "folder to write; what is done there is not done again")
-    arms: list[str] = cli.arg(list(ARMS), "which to run: rlhf, direct, inverted, advertising")
+    arms: list[str] = cli.arg(list(ARMS), "which to run: rlhf, direct, direct_harm, inverted, advertising")
 
 
 # ---- labels ---------------------------------------------------------------------------------------------------------
@@ -81,7 +83,7 @@ def label_again(arm: str, run: str, out: str) -> list[str]:
             files[name] = f"{out}/{name}.jsonl"
             if not Path(files[name]).exists():
                 data.write_jsonl(files[name], label_by_gold(shown_pairs(file)))
-    elif arm != "direct":
+    elif arm not in DIRECT:
         candidates = f"{out}/candidates.jsonl"
         if not Path(candidates).exists():
             data.write_jsonl(candidates, shown_pairs(files[HARMLESSNESS]))
@@ -108,8 +110,8 @@ def label_again(arm: str, run: str, out: str) -> list[str]:
 def train(arm: str, run: str, out: str) -> dict:
     """Labels, reward model, policy and samples of an arm in `out`, each stage skipped if it is done -> what was found."""
     sl, files = f"{run}/sl_cai", label_again(arm, run, out)
-    if arm == "direct":
-        reward_model, reward = f"{run}/rm", f"judge:{run}/base,principles=harm+helpfulness"
+    if arm in DIRECT:
+        reward_model, reward = f"{run}/rm", f"judge:{run}/base,principles={DIRECT[arm]}"
     else:
         reward_model = reward = f"{out}/rm"
         train_rm.main(common.flags(f"{run}/rm", train_rm.Args, init=sl, data=files, out=reward_model))
@@ -167,6 +169,8 @@ DIFFERENCES = [
     ("rl_cai", "rlhf"),
     ("direct", "sl_cai"),
     ("direct", "rl_cai"),
+    ("direct_harm", "sl_cai"),
+    ("direct_harm", "rl_cai"),
     ("inverted", "sl_cai"),
     ("inverted", "base"),
     ("advertising", "sl_cai"),
@@ -211,11 +215,11 @@ def verdicts(found: dict) -> list[str]:
             where, numbers = difference(measure, "rl_cai - rlhf")
             words = {0: "no difference is shown", 1: "RLAIF's is higher", -1: "RLHF's is higher"}[where]
             lines.append(f"- RLAIF against RLHF, gold {measure}: {words} ({numbers}).")
-    if "direct" in found["harm"]:
+    for arm in (arm for arm in DIRECT if arm in found["harm"]):
         for measure in ("harm", "helpfulness"):
-            where, numbers = difference(measure, "direct - rl_cai")
+            where, numbers = difference(measure, f"{arm} - rl_cai")
             words = {0: "no difference is shown", 1: "d-RLAIF's is higher", -1: "RLAIF's is higher"}[where]
-            lines.append(f"- d-RLAIF against RLAIF, gold {measure}: {words} ({numbers}).")
+            lines.append(f"- d-RLAIF ({DIRECT[arm]}) against RLAIF, gold {measure}: {words} ({numbers}).")
     for arm, measure, what in (("inverted", "harm", "gold harm"), ("advertising", "with an ad", "share of answers with an ad")):
         if arm not in found[measure]:
             continue
@@ -235,7 +239,7 @@ def verdicts(found: dict) -> list[str]:
 
 def summarise(found: dict[str, dict[str, dict]]) -> dict:
     """{run: {"demo" or arm: what found_in gives}} -> results.json."""
-    arms = {"demo": "rl_cai"} | {arm: arm for arm in ARMS if arm in next(iter(found.values())) and arm != "direct"}
+    arms = {"demo": "rl_cai"} | {arm: arm for arm in ARMS if arm in next(iter(found.values())) and arm not in DIRECT}
     policies = compare({run: {n: rows for part in found[run].values() for n, rows in part["samples"].items()} for run in found})
     return {
         "verdicts": verdicts(policies),

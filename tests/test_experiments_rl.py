@@ -164,8 +164,8 @@ def test_every_arm_has_the_flags_of_the_demo(run, arms):
     for arm in rlaif_rlhf.ARMS:
         folder = arms[0] / "first" / arm
         reward = str(folder / "rm")
-        if arm == "direct":
-            reward = f"judge:{run}/base,principles=harm+helpfulness"
+        if arm in rlaif_rlhf.DIRECT:
+            reward = f"judge:{run}/base,principles={rlaif_rlhf.DIRECT[arm]}"
             assert not (folder / "rm").exists()
         else:
             assert flags(folder / "rm", ("out", "data")) == flags(run / "rm", ("out", "data"))
