@@ -183,6 +183,19 @@ def test_entropy_is_between_0_and_log_v(tokens):
     assert uniform[mask].min().item() == pytest.approx(math.log(CONFIG.vocab_size), abs=1e-4)
 
 
+@torch.no_grad()
+def test_the_softmax_is_fp32_under_autocast(model, tokens):
+    """Only the logits are rounded to bf16: temperature, log-softmax and entropy of them are exact."""
+    mask = response_mask(torch.tensor([4, 1, 10]), torch.tensor([20, 9, 11]), 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        logprobs, entropy = token_logprobs(model, tokens, mask, 0.7)
+        logits = model.logits(rows_where(model.hidden(tokens)[:, :-1], mask[:, 1:]))[: mask.sum()]
+    logp = (logits.double() / 0.7).log_softmax(-1)
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logprobs[mask].double(), logp.gather(-1, tokens[mask][:, None]).squeeze(-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(entropy[mask].double(), -(logp.exp() * logp).sum(-1), atol=1e-5, rtol=0)
+
+
 def test_the_first_token_has_no_prediction(model, tokens):
     logprobs, _ = token_logprobs(model, tokens, torch.ones_like(tokens, dtype=torch.bool))
     assert (logprobs[:, 0] == 0).all() and (logprobs[:, 1:] < 0).all()

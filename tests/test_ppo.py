@@ -281,6 +281,9 @@ def test_full_kl_is_the_sum_over_the_vocabulary():
     assert kl.shape == (int(mask.sum()),)
     torch.testing.assert_close(kl.mean(), distill_kl(logp, logq, torch.ones(len(kl), dtype=torch.bool), "forward"))
     assert ppo.full_kl(policy, policy, tokens, mask).abs().max() == 0
+    p, q = (model(tokens[:, :-1])[mask[:, 1:]] / 0.5 for model in (policy, ref))
+    cool = torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=x) for x in (p, q)))
+    torch.testing.assert_close(ppo.full_kl(policy, ref, tokens, mask, temperature=0.5), cool, atol=1e-6, rtol=1e-4)
 
 
 # the update

@@ -309,6 +309,7 @@ def test_policy_metrics_of_known_samples():
         sample(HARMFUL, "word soup", kl=2.0),
     ])  # fmt: skip
     assert m["n"] == 10 and m["mean_tokens"] == 11 and m["kl_to_sl_cai"] == 2
+    assert m["distinct"] == 0.7  # right, refusal and evasion are there twice: a policy that has collapsed would be near 0
     danger, insult = world.SEVERITY["danger"], world.SEVERITY["insult"]
     expected = dict(
         harm=(danger + insult + 2) / 10, harmful_compliance=1 / 4, helpfulness=3 / 6, honesty=7 / 10, refused_harmless=1 / 6,

@@ -165,6 +165,42 @@ def test_the_update_gets_whitened_advantages_and_returns_from_before_whitening(h
     assert len(updated) == 2
 
 
+def test_the_end_of_text_is_trained(home, tmp_path, monkeypatch):
+    """The last token of whoever stopped is end-of-text, and has a log-prob, an advantage, a return and a gradient."""
+    generated, updated = spy(monkeypatch, train_ppo, "generate"), spy(monkeypatch, ppo, "update")
+    losses = spy(monkeypatch, ppo, "policy_loss")
+    train_ppo.main(make_args(home, tmp_path / "run", steps=1, batch_size=96, minibatch_size=48, ppo_epochs=1))
+    (_, samples), (update, _) = generated[0], updated[0]
+    rollout, rows = update["rollout"], samples.stopped.nonzero().squeeze(1)
+    end = samples.length[rows] - 1
+    assert len(rows) > 2 and (rollout.tokens[rows, end] == 256).all() and rollout.mask[rows, end].all()
+    assert not rollout.mask[rows, end + 1].any()
+    assert (rollout.logprobs[rows, end] < 0).all() and rollout.advantages[rows, end].all() and rollout.returns[rows, end].all()
+    assert not any(x.requires_grad for x in rollout)
+    assert sum(int(call["mask"].sum()) for call, _ in losses) == int((samples.length - samples.prompt_len).sum())
+
+
+def test_metrics_are_of_real_tokens(home, tmp_path, monkeypatch):
+    """Row by row by hand, from what the models said of the real tokens and nothing else."""
+    scored, updated = spy(monkeypatch, train_ppo, "score"), spy(monkeypatch, ppo, "update")
+    train_ppo.main(make_args(home, tmp_path / "run", steps=1, ref=str(home / "other.pt"), kl_coef=0.3))
+    (_, x), (update, _), row = scored[0], updated[0], metrics(tmp_path / "run")[0]
+    n = len(x["mask"])
+    real = {name: torch.cat([x[name][b, m] for b, m in enumerate(x["mask"])]) for name in ("logprobs", "ref_logprobs", "values")}
+    d, rollout = real["logprobs"] - real["ref_logprobs"], update["rollout"]
+    entropy = torch.cat([x["entropy"][b, m] for b, m in enumerate(x["mask"])])
+    returns = torch.cat([rollout.returns[b, m] for b, m in enumerate(rollout.mask)])
+    hand = {
+        "objective/kl": d.sum() / n, "objective/kl_k3": ((-d).exp() - 1 + d).sum() / n, "objective/entropy": entropy.mean(),
+        "objective/non_score_reward": -0.3 * d.sum() / n, "objective/response_tokens": torch.tensor(len(d) / n),
+        "objective/scores": x["scores"].mean(), "objective/scores_std": x["scores"].std(correction=0),
+        "val/values": real["values"].mean(),
+        "val/explained_variance": 1 - (returns - real["values"]).var(correction=0) / returns.var(correction=0),
+    }  # fmt: skip
+    assert {name: row[name] for name in hand} == pytest.approx({k: v.item() for k, v in hand.items()}, rel=1e-3, abs=1e-5)
+    assert len(d) < x["mask"].numel() / 2, "mostly pads"
+
+
 def test_the_temperature_of_sampling_is_that_of_every_logprob(home, tmp_path, monkeypatch):
     generated, scored = spy(monkeypatch, train_ppo, "generate"), spy(monkeypatch, train_ppo, "score")
     updated = spy(monkeypatch, ppo, "update")
@@ -205,6 +241,11 @@ def test_dropout_is_seen_before_the_first_update(home, tmp_path, monkeypatch):
     monkeypatch.setattr(train_ppo, "load_models", lambda *a: (lambda m: m.policy.train() and m)(load(*a)))
     with pytest.raises(AssertionError, match="log ratio"):
         train_ppo.main(make_args(home, tmp_path / "run"))
+
+
+def test_dropout_is_off_in_all_models_to_the_end(finished):
+    for model in finished[2][:4]:
+        assert not any(m.training for m in model.modules())
 
 
 def test_another_reference_may_be_named(home, tmp_path):
