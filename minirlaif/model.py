@@ -43,6 +43,13 @@ class KVCache:
         self.v[layer][rows, :, pos] = v.transpose(1, 2).to(self.v.dtype)
         return self.k[layer][:, :, : self.used], self.v[layer][:, :, : self.used]
 
+    def begin_with(self, other: "KVCache", owner: list[int]):
+        """Into this cache, a new one: row i takes over what row owner[i] of another holds, all rows there `other.used` tokens."""
+        held = other.used
+        self.k[:, :, :, :held], self.v[:, :, :, :held] = other.k[:, owner, :, :held], other.v[:, owner, :, :held]
+        self.length += held
+        self.used = held
+
     def keep(self, rows: torch.Tensor):
         """Drop all rows but these (finished rows cost time)."""
         self.k, self.v, self.length = self.k[:, rows], self.v[:, rows], self.length[rows]

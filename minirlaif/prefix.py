@@ -60,26 +60,26 @@ def last_hidden(model: GPT, prompts: list[list[int]], groups: list, root: KVCach
         _, cache = follow(model, root, [0] * len(members), [m[0][root.used :][:stem] for m in members.values()], pad_id)
         owner = [list(members).index(group) for group in groups]
     if cache.used:
-        return follow(model, cache, owner, [ids[cache.used :] for ids in prompts], pad_id)[0]
-    tokens, length = data.pad(prompts, pad_id, multiple(model.device), model.config.block_size)
-    return model.hidden(tokens.to(model.device))[torch.arange(len(prompts)), length - 1]
+        h, _ = follow(model, cache, owner, [ids[cache.used :] for ids in prompts], pad_id)
+    else:
+        tokens, _ = data.pad(prompts, pad_id, multiple(model.device), model.config.block_size)
+        h = model.hidden(tokens.to(model.device))
+    return h[torch.arange(len(prompts)), torch.tensor(list(map(len, prompts))) - cache.used - 1]
 
 
 def follow(model: GPT, cache: KVCache, owner: list[int], rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, KVCache]:
     """Forward rows of tokens, row i behind row owner[i] of a cache whose rows all hold `cache.used` tokens.
 
-    -> hidden state after each row (B, C), and a new cache of it all; `cache` stays as it was.
+    -> hidden states of the rows, pads included (B, T, C), and a new cache of it all; `cache` stays as it was.
     """
     device, held = model.device, cache.used
     tokens, length = data.pad(rows, pad_id, multiple(device), model.config.block_size - held)
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.wte.weight.dtype
     grown = KVCache(model.config, len(rows), held + tokens.shape[1], device, dtype)
-    grown.k[:, :, :, :held], grown.v[:, :, :, :held] = cache.k[:, owner, :, :held], cache.v[:, owner, :, :held]
-    grown.length += held
-    grown.used = held
+    grown.begin_with(cache, owner)
     h = model.hidden(tokens.to(device), grown)
     grown.used = held + int(length.max())
-    return h[torch.arange(len(rows)), length - 1], grown
+    return h, grown
 
 
 def multiple(device) -> int:

@@ -69,13 +69,13 @@ def sample_token(logits, u, temperature=1.0, top_k=None, top_p=None):
 @torch.no_grad()
 def generate(
     model: GPT, prompts: list[list[int]], max_new_tokens: int, eot: int, temperature=1.0, top_k=None, top_p=None, seed=0, stop=(),
-    rows=None,
+    rows=None, root: KVCache | None = None,
 ) -> Samples:  # fmt: skip
     """Continue each prompt until end-of-text (or one of the ids in `stop`) or max_new_tokens.
 
-    Row i of the same (prompts, seed) is always the same sample; rows: which rows of a larger batch these are. Raises
-    ValueError for an empty prompt, and for one that leaves no room: prompt + max_new_tokens must fit block_size (named by
-    row, never cropped).
+    Row i of the same (prompts, seed) is always the same sample; rows: which rows of a larger batch these are. root: what all
+    prompts begin with, already computed (`prefix.root`). Raises ValueError for an empty prompt, and for one that leaves no
+    room: prompt + max_new_tokens must fit block_size (named by row, never cropped).
     """
     device, config = model.device, model.config
     B, lengths = len(prompts), [len(p) for p in prompts]
@@ -97,9 +97,12 @@ def generate(
 
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.wte.weight.dtype
     cache = KVCache(config, B, T + max_new_tokens, device, dtype)
-    h = model.hidden(tokens[:, :T], cache)
+    if root is not None:
+        cache.begin_with(root, [0] * B)
+    held = cache.used
+    h = model.hidden(tokens[:, held:T], cache)
     cache.length.copy_(prompt_len)
-    last = h[torch.arange(B, device=device), prompt_len - 1]  # (B, C)
+    last = h[torch.arange(B, device=device), prompt_len - held - 1]  # (B, C)
     length, stopped = prompt_len.clone(), torch.zeros(B, dtype=torch.bool, device=device)
     ends = torch.tensor([eot, *stop], device=device)
     alive = torch.arange(B, device=device)  # the rows that are still being written
