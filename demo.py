@@ -88,7 +88,7 @@ def stages(args: Args, size: Size) -> dict:
     rm_args = train_rm.Args(init=sl, data=rm_data, epochs=2, out=rm, **common)
     ppo_args = train_ppo.Args(init=sl, reward_model=rm, data=prompts, steps=size.ppo_steps, out=rl, **common)
     distill_args = distill.Args(
-        model=base, prompts=prompts, limit=size.distill_prompts, eval_prompts=heldout, out=f"{out}/distilled", **common
+        model=base, data=[prompts], limit=size.distill_prompts, eval_data=heldout, out=f"{out}/distilled", **common
     )
     evaluate_args = evaluate.Args(
         policies=[f"{name}={path}" for name, path in policies.items()],

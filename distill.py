@@ -1,42 +1,53 @@
-"""Context distillation: what a preamble does to a model, moved into its weights (Askell et al. 2021, §2.2).
+"""Context distillation: what a context C does to a model, moved into its weights (Askell et al. 2021, §2.2).
 
-The teacher is the model with the preamble in its context; the student is the same model without. The teacher answers the
-prompts; the student, which sees the prompt alone, learns the teacher's whole next-token distribution at every token of those
-answers: the mean over response tokens of KL(teacher || student), over the full vocabulary.
+The teacher is the model with C in its context (a preamble, few-shot dialogues, a constitution), or another model of the same
+vocabulary; the student is the model without C. At every token of an answer, or of any other text, the student learns the
+teacher's whole next-token distribution: KL(teacher || student) over the full vocabulary, or over the teacher's k likeliest
+tokens and one bucket for all others. The request then costs no more than itself.
 
-    python distill.py --model runs/my/base --prompts prompts.jsonl --out runs/my/distilled
+    python distill.py --model runs/my/base --data prompts.jsonl --out runs/my/distilled
+    python distill.py --model runs/my/base --data prompts.jsonl book.txt --weights 1 1 --out runs/my/distilled  # half and half
 
-Left out: stored top-k targets (the paper keeps 50 log-probs and one bucket for the rest; here the teacher is at hand).
+Each row of --data is one of: a prompt, which the teacher answers; a prompt and its completion; a text or document, which
+is put after a new "Human:" (the paper's plain half: what C does where nobody has asked anything).
+Left out: hidden-state losses, and new answers as the student changes (on-policy distillation).
 """
 
+import hashlib
 import time
 from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minirlaif import cli, constitution, data, text, trainer
-from minirlaif.losses import distill_kl
-from minirlaif.model import GPT, response_mask, rows_where
+from minirlaif import cli, constitution, data, examples, prefix, targets, trainer, world
+from minirlaif.metrics import gold_of
 from minirlaif.sampling import generate
 
 
 @dataclass
 class Args:
-    model: str = cli.arg(help="teacher (with the preamble) and start of the student (without): run folder or model file")
-    prompts: str = cli.arg(help="prompts.jsonl that the teacher answers (HH-RLHF files are read too)")
+    model: str = cli.arg(help="start of the student, and the teacher's weights: run folder or model file")
+    data: list[str] = cli.arg(help="prompts (the teacher answers), completions, texts, documents, HH-RLHF files; one or several")
     out: str = cli.arg(help="run folder to write")
-    eval_prompts: str | None = cli.arg(None, "prompts for the KL before and after; default: a tenth of --prompts, held out")
-    preamble: str | None = cli.arg(None, "the text to distil; default: the preamble of --constitution")
-    constitution: str = cli.arg("toy", "a bundled constitution by name, or a file")
-    limit: int | None = cli.arg(None, "use the first so many prompts")
-    epochs: int = cli.arg(1, "passes over the teacher's answers, 1-3")
-    batch_size: int = cli.arg(32, "answers a step, 16-128")
+    weights: list[float] = cli.arg([], "each file's share of the examples, in any unit; default: every row once an epoch")
+    eval_data: str | None = cli.arg(None, "rows for the KL before, during and after; default: a tenth of each file, held out")
+    teacher: str | None = cli.arg(None, "another model of the same vocabulary as the teacher, frozen; default: --model")
+    preamble: str | None = cli.arg(None, "C is this text; default: the preamble of --constitution")
+    context: str | None = cli.arg(None, "C is this file (after --preamble): few-shot dialogues as text or a JSON list of them")
+    constitution: str = cli.arg("toy", "C is the preamble of a bundled constitution, by name, or of a file")
+    principles: bool = cli.arg(False, "C is the whole of --constitution: its preamble and then its principles, one a line")
+    limit: int | None = cli.arg(None, "use the first so many examples of each file")
+    direction: str = cli.arg("forward", "KL(teacher || student) covers, reverse seeks a mode", choices=["forward", "reverse"])
+    top_k: int | None = cli.arg(None, "teacher's tokens kept, 10-100, and one bucket; 0: all; none: 50 from 10,000 tokens up")
+    temperature: float = cli.arg(1.0, "softens both sides of the loss, 1-4; the loss is times its square")
+    store_targets: str | None = cli.arg(None, "file for the answers and the teacher's log-probs (fp16): made once, then read")
+    epochs: int = cli.arg(1, "passes over the examples, 1-3")
+    batch_size: int = cli.arg(32, "examples a step, 16-128")
     lr: float = cli.arg(1e-3, "peak learning rate, linear to 0; 1e-5 (large models) to 1e-3 (tiny ones)")
-    warmup: int = cli.arg(5, "steps of linear warmup")
-    weight_decay: float = cli.arg(0.0, "AdamW's decay of matrices, 0-0.1")
-    max_grad_norm: float = cli.arg(1.0, "clip the gradient's norm at this")
     max_new_tokens: int = cli.arg(48, "longest answer in tokens, 32-256")
     on_bad_row: str = cli.arg("error", "a row that cannot be used: stop, or skip and count it", choices=["error", "skip"])
     seed: int = cli.arg(0, "seed of the teacher's samples and of the order")
@@ -45,127 +56,220 @@ class Args:
     resume: bool = cli.arg(False, "continue the run in --out")
 
 
-def response_logprobs(model: GPT, contexts: list[list[int]], responses: list[list[int]], eot: int) -> torch.Tensor:
-    """(N, V) log-probs, fp32, at each of the N response tokens of the batch, row after row.
+WARMUP, MAX_GRAD_NORM = 5, 1.0  # steps of linear warmup; gradients are clipped at this norm
+MANY_TOKENS = 10_000  # a vocabulary from which on 50 log-probs and the rest are the default, as in the paper
+HELD_OUT, ASKED, SHOWN = 256, 48, 3  # examples for the held-out KL; requests that gold judges; answers that are printed
 
-    N does not depend on the contexts, so teacher and student, which differ in context alone, line up token by token.
-    """
-    tokens, length = data.pad([c + r for c, r in zip(contexts, responses, strict=True)], eot, 16, model.config.block_size)
-    mask = response_mask(torch.tensor([len(c) for c in contexts]), length, tokens.shape[1])
-    h = rows_where(model.hidden(tokens.to(model.device))[:, :-1], mask[:, 1:].to(model.device))  # token t is predicted at t - 1
-    return F.log_softmax(model.logits(h).float(), dim=-1)[: int(mask.sum())]
+
+def context_of(args: Args) -> str:
+    """C, the text that stands before the teacher's prompts. UserError: there is none."""
+    given = args.preamble is not None or args.context
+    if args.principles and given:
+        raise cli.UserError("--principles shows the whole --constitution; it cannot go with --preamble or --context")
+    if given:
+        found = (args.preamble or "") + (constitution.load_few_shot(args.context) if args.context else "")
+    else:
+        c = constitution.load(args.constitution)
+        principles = [p.text for p in c.preferences] or [p.revision for p in c.critique_revision]
+        found = "\n".join(filter(None, [c.preamble, *(principles if args.principles else [])]))
+    if not found.strip() and not (given and args.teacher):  # another teacher teaches without a context, too
+        none = f"{args.constitution}: has no preamble; give one with --preamble"
+        raise cli.UserError("--preamble: is empty" if given else none)
+    return found
+
+
+def gold_means(answers: list[dict]) -> dict:
+    """Mean gold harm, and helpfulness on harmless requests; nothing where a prompt is not the toy world's."""
+    requests = [world.parse_request(row["prompt"]) for row in answers]
+    if not answers or None in requests:
+        return {}
+    gold = [gold_of(row) for row in answers]
+    helpful = [g.helpfulness for g, request in zip(gold, requests, strict=True) if not request.harmful]
+    return {"harm": sum(g.harm for g in gold) / len(gold), "helpfulness": sum(helpful) / max(1, len(helpful))}
 
 
 def main(args: Args) -> dict:
-    cli.require_positive(args, "epochs", "batch_size", "max_new_tokens", "limit", "max_grad_norm")
-    cli.require_not_negative(args, "warmup", "weight_decay", "lr")
-    device = trainer.resolve_device(args.device)
-    tokenizer = trainer.tokenizer_of(args.model)
-    teacher, student = trainer.load_gpt(args.model, device), trainer.load_gpt(args.model, device)
-    preamble = constitution.load(args.constitution).preamble if args.preamble is None else args.preamble
-    if not preamble.strip():
-        none = f"{args.constitution}: has no preamble; give one with --preamble"
-        raise cli.UserError(none if args.preamble is None else "--preamble: is empty")
-    data.check_room(args.max_new_tokens, teacher.config.block_size)
+    cli.require_positive(args, "epochs", "batch_size", "max_new_tokens", "limit", "temperature")
+    cli.require_not_negative(args, "lr", "top_k")
+    if args.weights and (len(args.weights) != len(args.data) or not all(0 < w < float("inf") for w in args.weights)):
+        raise cli.UserError(f"--weights: {len(args.data)} files need as many numbers above 0")
+    device, context = trainer.resolve_device(args.device), context_of(args)
+    tokenizer = trainer.tokenizer_of(args.model, args.teacher or args.model)
+    student = trainer.load_gpt(args.model, device)
+    teacher = trainer.load_gpt(args.teacher or args.model, device).requires_grad_(False)
+    top_k = (0 if tokenizer.n_vocab < MANY_TOKENS else 50) if args.top_k is None else args.top_k
+    rooms = teacher.config.block_size, student.config.block_size
+    data.check_room(args.max_new_tokens, min(rooms))
+    if (n := len(tokenizer.encode(context))) + args.max_new_tokens >= rooms[0]:
+        total = f"{n} tokens and --max-new-tokens {args.max_new_tokens}"
+        raise cli.UserError(f"C is too long: {total}; the teacher holds {rooms[0]}, prompt and all; shorten one of the two")
 
-    def encode(row):
-        """(what the teacher sees, what the student sees)"""
-        seen = tokenizer.encode(text.with_preamble(preamble, row["prompt"]))
-        data.check_length(len(seen), args.max_new_tokens, teacher.config.block_size)
-        return seen, tokenizer.encode(row["prompt"])
+    def load(path, number):
+        return examples.load(path, number, context, tokenizer, rooms, args.max_new_tokens, args.on_bad_row)[: args.limit]
 
-    prompts = data.convert(data.read_prompts(args.prompts, args.on_bad_row), encode, args.on_bad_row)[: args.limit]
-    if args.eval_prompts:
-        held_out = data.convert(data.read_prompts(args.eval_prompts, args.on_bad_row), encode, args.on_bad_row)
-    else:
-        cut = max(1, len(prompts) // 10)
-        held_out, prompts = prompts[:cut], prompts[cut:]
-    if not prompts:
-        raise cli.UserError(f"{args.prompts}: too few prompts to hold some out; give --eval-prompts")
+    files = [load(path, i) for i, path in enumerate(args.data)]
+    cuts = [0 if args.eval_data else max(1, len(rows) // 10) for rows in files]
+    held_out = [e for rows, cut in zip(files, cuts, strict=True) for e in rows[: min(cut, HELD_OUT // len(files))]]
+    if args.eval_data:
+        held_out = load(args.eval_data, 0)[:HELD_OUT]
+    train = [e for rows, cut in zip(files, cuts, strict=True) for e in rows[cut:]]
+    for path, rows in zip(args.data, files, strict=True):
+        if len(rows) == 1 and not args.eval_data:
+            raise cli.UserError(f"{path}: too few rows to hold some out; give --eval-data")
 
     with trainer.Run(args.out, args, args.resume) as run:
         if run.finished:
             return {}
-        dtype = run.resolve_dtype(device, student)
-        optimizer = trainer.configure_optimizer(student, args.lr, args.weight_decay)
+        precision = trainer.autocast(device, run.resolve_dtype(device, student))
+        optimizer = trainer.configure_optimizer(student, args.lr)
+        with precision:
+            root = prefix.root(teacher, [e.seen for e in train + held_out], tokenizer.eot)
 
-        def answers(pairs, *key):
-            """(teacher's context, student's context, response) of each prompt; cut-off answers are left out."""
-            out = []
-            for i in range(0, len(pairs), 128):
-                seed = trainer.rng(args.seed, *key, i).initial_seed()
-                with trainer.autocast(device, dtype):
-                    s = generate(teacher, [seen for seen, _ in pairs[i : i + 128]], args.max_new_tokens, tokenizer.eot, seed=seed)
-                for pair, response, stopped in zip(pairs[i : i + 128], s.responses(), s.stopped.tolist(), strict=True):
-                    if stopped:
-                        out.append((*pair, response + [tokenizer.eot]))
+        def sample(model, contexts, key):
+            """(ids without end-of-text, whether it stopped) after each context."""
+            out, shared = [], root if model is teacher else None
+            for i in range(0, len(contexts), 128):
+                seed, part = trainer.rng(args.seed, key, i).initial_seed(), contexts[i : i + 128]
+                with precision:
+                    s = generate(model, part, args.max_new_tokens, tokenizer.eot, seed=seed, root=shared)
+                out += zip(s.responses(), s.stopped.tolist(), strict=True)
             return out
 
-        def kl(batch):
-            seen, unseen, responses = zip(*batch, strict=True)
-            with trainer.autocast(device, dtype):
-                with torch.no_grad():
-                    target = response_logprobs(teacher, seen, responses, tokenizer.eot)
-                logprobs = response_logprobs(student, unseen, responses, tokenizer.eot)
-            return distill_kl(target, logprobs, torch.ones(len(target), dtype=torch.bool, device=device), "forward")
+        def answered(rows, key):
+            """The response of each example, the teacher's where there was none; None for an answer that was cut off."""
+            found = sample(teacher, [e.seen for e in rows if e.response is None], key)
+            answers = iter([ids + [tokenizer.eot] if stopped else None for ids, stopped in found])
+            return [next(answers) if e.response is None else e.response for e in rows]
+
+        def filled(rows, responses):
+            return [e._replace(response=r) for e, r in zip(rows, responses, strict=True) if r is not None]
+
+        def states(model, batch):
+            contexts, shared = ([e.seen for e in batch], root) if model is teacher else ([e.unseen for e in batch], None)
+            return targets.response_states(model, contexts, [e.response for e in batch], tokenizer.eot, shared)
+
+        def target_of(batch, places):
+            """What the student is to match: stored targets, or the teacher's own prediction."""
+            if stored is not None:
+                index = torch.cat([torch.arange(start[i], start[i + 1]) for i in places])
+                return stored.at(F.pad(index, (0, -len(index) % 128)), device)  # as many as rows_where gives
+            with torch.no_grad():
+                h = states(teacher, batch)
+                return targets.predict(teacher, h, top_k, args.temperature) if top_k else (teacher, h)
+
+        def mean_kl(batch, target, direction, temperature):
+            kl = targets.kl(student, states(student, batch), target, direction, temperature)
+            return kl[: sum(len(e.response) for e in batch)].mean()
 
         @torch.no_grad()
-        def held_out_kl(rows):
-            """Nats per token."""
+        def held_out_kl():
+            """KL(teacher || student) over the whole vocabulary at temperature 1, whatever the loss is; nats a token."""
             total = count = 0
-            for i in range(0, len(rows), 64):
-                n = sum(len(r) for *_, r in rows[i : i + 64])
-                total, count = total + float(kl(rows[i : i + 64])) * n, count + n
-            return total / max(1, count)
+            for batch in (test[i : i + 64] for i in range(0, len(test), 64)):
+                n = sum(len(e.response) for e in batch)
+                with precision:
+                    total += float(mean_kl(batch, (teacher, states(teacher, batch)), "forward", 1.0)) * n
+                count += n
+            return total / count
+
+        prompts = [e for e in held_out if e.response is None]
+        asked = [e for e in prompts if world.parse_request(tokenizer.decode(e.unseen))][:ASKED] or prompts[:SHOWN]
+
+        def look(name, model):
+            """Answers to held-out prompts, and what gold says of them where they are the toy world's -> (texts, metrics)"""
+            answers = sample(model, [e.seen if name == "prompted" else e.unseen for e in asked], "gold")
+            rows = [
+                dict(prompt=tokenizer.decode(e.unseen), response=tokenizer.decode(ids), stopped=stopped)
+                for e, (ids, stopped) in zip(asked, answers, strict=True)
+            ]
+            return [r["response"] for r in rows[:SHOWN]], {f"val/{k}_{name}": v for k, v in gold_means(rows).items()}
 
         state = run.load_state()
-        first = state["step"] if state else 0
-        rows, test = (state["rows"], state["test"]) if state else (answers(prompts, "train"), answers(held_out[:256], "test"))
-        cut_off = len(prompts) - len(rows)
-        if not rows or not test:
-            raise cli.UserError(f"{args.model}: no answer ended within --max-new-tokens {args.max_new_tokens}")
+        origin = repr((run.info["inputs"][args.teacher or args.model], train, args.seed, args.max_new_tokens))
+        made = {"--temperature": args.temperature, "--top-k": top_k}
+        made["origin (teacher, C, data, --seed, --max-new-tokens)"] = hashlib.sha256(origin.encode()).hexdigest()
+        stored, file = None, Path(args.store_targets) if args.store_targets else None
+        if file and not file.parent.is_dir():  # said before the answers are sampled, not after
+            raise cli.UserError(f"--store-targets {file}: there is no folder {file.parent}")
+        if file and file.exists():
+            stored, responses = targets.load(file, made)
+        else:
+            responses = state["responses"] if state else answered(train, "train")
+        rows = filled(train, responses)
+        if file and rows and not stored:
+            with precision:
+                found = targets.predict_all(teacher, root, rows, top_k, args.temperature, tokenizer.eot)
+            targets.save(file, found, responses, made)
+            stored, _ = targets.load(file, made)
+        test_responses = state["test_responses"] if state else answered(held_out, "test")
+        test = filled(held_out, test_responses)
+        for number, path in enumerate(args.data):
+            if not test or not any(e.file == number for e in rows):
+                raise cli.UserError(f"{path}: no answer ended within --max-new-tokens {args.max_new_tokens}")
+        start = [0, *accumulate(len(e.response) for e in rows)]  # of each row's tokens among the stored targets
         if state:
             student.load_state_dict(state["student"])
             optimizer.load_state_dict(state["optimizer"])
-            before = state["before"]
+            first, before, said = state["step"], state["before"], state["said"]
         else:
-            before = held_out_kl(test)
+            first, before, said = 0, {"val/kl_before": held_out_kl()}, {}
+            for name, model in (("prompted", teacher), ("before", student)):
+                said[name], found = look(name, model)
+                before |= found
 
         def make_state():
             weights = {"student": student.state_dict(), "optimizer": optimizer.state_dict()}
-            return {**weights, "rows": rows, "test": test, "before": before}
+            return {**weights, "responses": responses, "test_responses": test_responses, "before": before, "said": said}
 
         batches = []
         for epoch in range(args.epochs):
-            order = torch.randperm(len(rows), generator=trainer.rng(args.seed, "order", epoch)).tolist()
+            order = examples.epoch_order([e.file for e in rows], args.weights, args.seed, epoch)
             batches += [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
-        started, seen_tokens = time.monotonic(), 0
+        quarters = {len(batches) * i // 4 for i in (1, 2, 3)} - {0}
+        started, tokens_seen = time.monotonic(), 0
         bar = tqdm(range(first, len(batches)), initial=first, total=len(batches), desc="distill", unit="step", dynamic_ncols=True)
         for step in bar:
-            lr = args.lr * trainer.lr_at(step, len(batches), args.warmup, "linear")
+            val = {"val/kl": before["val/kl_before"]} if step == 0 else {}
+            if step in quarters:
+                began = time.monotonic()
+                val = {"val/kl": held_out_kl()}
+                started += time.monotonic() - began  # no part of the speed
+            lr = args.lr * trainer.lr_at(step, len(batches), WARMUP, "linear")
             for group in optimizer.param_groups:
                 group["lr"] = lr
             batch = [rows[i] for i in batches[step]]
-            loss = kl(batch)
+            with precision:
+                loss = mean_kl(batch, target_of(batch, batches[step]), args.direction, args.temperature)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(student.parameters(), MAX_GRAD_NORM)
             if not norm.isfinite():  # before the step that would spoil the weights
                 raise cli.UserError(f"{args.out}: step {step}: the gradient is {norm.item()}; try a lower --lr, or --dtype fp32")
             optimizer.step()
-            seen_tokens += sum(len(r) for *_, r in batch)
-            speed = seen_tokens / (time.monotonic() - started)
-            run.log(step, **{"loss/kl": loss, "grad_norm": norm, "lr": lr, "tokens_per_second": speed})
+            tokens_seen += sum(len(e.response) for e in batch)
+            speed = tokens_seen / (time.monotonic() - started)
+            metrics = {"loss/kl": loss, "grad_norm": norm, "lr": lr, "tokens_per_second": speed}
+            run.log(step, **metrics, **val)
             bar.set_postfix(kl=f"{loss.item():.3f}", tok_s=f"{speed:,.0f}")
             run.end_step(step + 1, make_state)
-        after = held_out_kl(test)
-        run.log(len(batches), **{"val/kl_before": before, "val/kl_after": after, "answers": len(rows), "cut_off": cut_off})
+        after = held_out_kl()
+        said["after"], gold = look("after", student)
+        saved = sum(len(e.seen) - len(e.unseen) for e in held_out) / len(held_out)
+        metrics = {**before, "val/kl": after, "val/kl_after": after, **gold, "val/tokens_saved": saved}
+        cut_off = len(train) - len(rows)
+        run.log(len(batches), **metrics, answers=len(rows), cut_off=cut_off)
         trainer.save_model(args.out, student.config, student.state_dict(), "gpt", tokenizer.name)
         run.finish()
+    for i, e in enumerate(asked[:SHOWN]):
+        print(tokenizer.decode(e.unseen).strip(), *(f"\n  {name:>8}:{texts[i]}" for name, texts in said.items()), sep="")
+    if gold:
+        for what in ("harm", "helpfulness"):
+            print(f"{what} on {len(asked)} held-out requests:", *(f"{metrics[f'val/{what}_{n}']:.3f} {n}" for n in said))
     print(
-        f"{args.out}: KL to the prompted model {before:.4f} -> {after:.4f} nats a token on held-out answers ({cut_off} cut off)"
+        f"{args.out}: KL to the teacher {before['val/kl_before']:.4f} -> {after:.4f} nats a token on held-out answers"
+        f" ({cut_off} cut off); {saved:.0f} tokens saved a request"
     )
-    return {"kl_before": before, "kl_after": after}
+    return {key.removeprefix("val/"): value for key, value in metrics.items() if key != "val/kl"}
 
 
 if __name__ == "__main__":

@@ -41,12 +41,12 @@ def kwise_loss(scores, p):
     return (losses.sum(1) / labelled.sum(1).clamp(min=1)).mean()
 
 
-def distill_kl(teacher_logprobs, student_logprobs, mask, direction="forward"):
-    """KL between teacher and student, summed over the vocabulary, averaged over the True positions of `mask`.
+def token_kl(teacher_logprobs, student_logprobs, direction="forward"):
+    """KL between teacher and student over the last dimension, [..., V] -> [...], nats. ValueError for another direction.
 
-    Both log-probs are [..., V] and aligned to the same answer token; mask is [...]. "forward" is
-    KL(teacher || student), which covers all that the teacher does (Askell et al. 2021, context distillation);
-    "reverse" is KL(student || teacher), which settles on a part of it. ValueError for another direction.
+    "forward" is KL(teacher || student): mass-covering. Whatever the teacher may say, the student must be able to say, even where
+    it then says things in between (Askell et al. 2021: context distillation). "reverse" is KL(student || teacher): mode-seeking.
+    The student pays only for what it says itself, so it may settle on one of the teacher's ways and lose the others.
     """
     if direction not in ("forward", "reverse"):
         raise ValueError(f"direction {direction!r}: use 'forward' or 'reverse'")
@@ -54,24 +54,30 @@ def distill_kl(teacher_logprobs, student_logprobs, mask, direction="forward"):
     if direction == "reverse":
         p, q = q, p
     # a token that p never takes adds 0, where exp(-inf) * (-inf - q) would be NaN
-    terms = torch.where(p > float("-inf"), p.exp() * (p - q), 0.0)
-    return _mean_over(terms.sum(-1), mask)
+    return torch.where(p > float("-inf"), p.exp() * (p - q), 0.0).sum(-1)
 
 
-def topk_rest_kl(topk_logprobs, topk_ids, student_logprobs, mask):
-    """KL(teacher || student) over k + 1 outcomes: the teacher's k best tokens, and 'any other token'.
+def topk_rest(logprobs, ids):
+    """logprobs [..., V] over k + 1 outcomes: the tokens ids [..., k], and last 'any other token' (none when k is V)."""
+    if ids.shape[-1] == logprobs.shape[-1]:
+        return logprobs.gather(-1, ids)
+    rest = logprobs.scatter(-1, ids, float("-inf")).logsumexp(-1, keepdim=True)
+    return torch.cat([logprobs.gather(-1, ids), rest], dim=-1)
 
-    topk_logprobs, topk_ids [..., k]; student_logprobs [..., V]; mask [...]. Never more than the full KL, by the
-    log-sum inequality: only the split of the mass inside the tail is left free. Without the bucket for the rest
-    the loss would drive the student's tail to zero.
+
+def distill_kl(teacher_logprobs, student_logprobs, mask, direction="forward"):
+    """token_kl averaged over the True positions of `mask` [...]; both log-probs [..., V] are of the same answer token."""
+    return _mean_over(token_kl(teacher_logprobs, student_logprobs, direction), mask)
+
+
+def topk_rest_kl(teacher_logprobs, topk_ids, student_logprobs, mask, direction="forward"):
+    """The same over k + 1 outcomes: the teacher's k best tokens, and 'any other token'.
+
+    teacher_logprobs [..., k + 1] (`topk_rest`); topk_ids [..., k]; student_logprobs [..., V]. Never more than the full KL in
+    either direction, by the log-sum inequality: only the split of the mass inside the tail is left free. Without the bucket for
+    the rest the loss would drive the student's tail to zero.
     """
-    student_topk = student_logprobs.gather(-1, topk_ids)
-    kl = (topk_logprobs.exp() * (topk_logprobs - student_topk)).sum(-1)
-    if topk_ids.shape[-1] < student_logprobs.shape[-1]:
-        rest = (1 - topk_logprobs.exp().sum(-1)).clamp(min=1e-9)  # rounding can take it below 0
-        student_rest = student_logprobs.scatter(-1, topk_ids, float("-inf")).logsumexp(-1)
-        kl = kl + rest * (rest.log() - student_rest)
-    return _mean_over(kl, mask)
+    return distill_kl(teacher_logprobs, topk_rest(student_logprobs, topk_ids), mask, direction)
 
 
 def _mean_over(x, mask):

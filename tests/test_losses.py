@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from minirlaif.losses import distill_kl, kwise_loss, preference_loss, topk_rest_kl
+from minirlaif.losses import distill_kl, kwise_loss, preference_loss, token_kl, topk_rest, topk_rest_kl
 
 
 def logprobs(*shape, seed=0):
@@ -93,26 +93,54 @@ def test_distill_kl_reads_only_the_mask_and_allows_impossible_tokens():
     assert distill_kl(p, q, mask, "forward").item() == pytest.approx(0.5 * math.log(2))
 
 
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
 @pytest.mark.parametrize("k", [1, 2, 4, 6])
-def test_topk_with_a_bucket_for_the_rest_never_exceeds_the_full_kl(k):
+def test_topk_with_a_bucket_for_the_rest_never_exceeds_the_full_kl(k, direction):
     p, q = logprobs(200, 6), logprobs(200, 6, seed=1)
-    top, ids = p.topk(k)
-    one = torch.ones(1, dtype=torch.bool)
-    for i in range(200):
-        cut = topk_rest_kl(top[i : i + 1], ids[i : i + 1], q[i : i + 1], one)
-        full = distill_kl(p[i : i + 1], q[i : i + 1], one, "forward")
-        assert 0 <= cut <= full + 1e-12
-        if k == 6:
-            torch.testing.assert_close(cut, full)
+    ids = p.topk(k).indices
+    cut, full = token_kl(topk_rest(p, ids), topk_rest(q, ids), direction), token_kl(p, q, direction)
+    assert (cut >= 0).all() and (cut <= full + 1e-12).all()
+    if k == 6:
+        torch.testing.assert_close(cut, full)
+    mask = torch.arange(200) % 3 == 0
+    torch.testing.assert_close(topk_rest_kl(topk_rest(p, ids), ids, q, mask, direction), cut[mask].mean())
+
+
+def test_the_bucket_holds_what_the_best_tokens_leave():
+    p = torch.tensor([[0.1, 0.5, 0.15, 0.2, 0.05]]).log()
+    found = topk_rest(p, torch.tensor([[1, 3]])).exp()
+    torch.testing.assert_close(found, torch.tensor([[0.5, 0.2, 0.3]]))
 
 
 def test_topk_loss_keeps_the_tail_that_dropping_the_bucket_loses():
     """Target .5 .2 on two of five tokens: with the bucket the fit keeps .3 for the rest; without it, 0."""
-    top, ids = torch.tensor([[0.5, 0.2]]).log(), torch.tensor([[0, 1]])
-    student = torch.zeros(1, 5, requires_grad=True)
-    optimizer = torch.optim.Adam([student], lr=0.1)
-    for _ in range(300):
-        optimizer.zero_grad()
-        topk_rest_kl(top, ids, student.log_softmax(-1), torch.tensor([True])).backward()
-        optimizer.step()
-    torch.testing.assert_close(student.softmax(-1)[0], torch.tensor([0.5, 0.2, 0.1, 0.1, 0.1]), atol=1e-3, rtol=0)
+    ids = torch.tensor([[0, 1]])
+    for teacher, expected in (([0.5, 0.2, 0.3], [0.5, 0.2, 0.1, 0.1, 0.1]), ([0.5, 0.2], [0.714, 0.286, 0, 0, 0])):
+        student = torch.zeros(1, 5, requires_grad=True)
+        optimizer = torch.optim.Adam([student], lr=0.1)
+        for _ in range(300):
+            optimizer.zero_grad()
+            outcomes = topk_rest(student.log_softmax(-1), ids)[:, : len(teacher)]
+            token_kl(torch.tensor([teacher]).log(), outcomes).mean().backward()
+            optimizer.step()
+        torch.testing.assert_close(student.softmax(-1)[0], torch.tensor(expected), atol=2e-3, rtol=0)
+
+
+def test_forward_covers_both_modes_of_the_teacher_and_reverse_seeks_one():
+    """The student can only be one bump over nine tokens; the teacher has two, at 1 and 7, the first a little higher."""
+    x, teacher = torch.arange(9.0), torch.full((9,), 0.002)
+    teacher[[1, 7]] = torch.tensor([0.55, 0.436])
+
+    def fit(direction):
+        shape = torch.tensor([2.0, 0.0], requires_grad=True)  # where it is, and the log of its width
+        optimizer = torch.optim.Adam([shape], lr=0.05)
+        for _ in range(400):
+            optimizer.zero_grad()
+            student = (-0.5 * ((x - shape[0]) / shape[1].exp()) ** 2).log_softmax(-1)
+            token_kl(teacher.log(), student, direction).backward()
+            optimizer.step()
+        return student.detach().exp()
+
+    covers, seeks = fit("forward"), fit("reverse")
+    assert covers[1] > 0.08 and covers[7] > 0.08 and covers[2:7].sum() > 0.4
+    assert seeks[1] > 0.9 and seeks[7] < 1e-3

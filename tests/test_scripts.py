@@ -1,4 +1,4 @@
-"""pretrain, critique, distill, evaluate and demo from end to end, on a world and a model small enough for seconds.
+"""pretrain, critique, evaluate and demo from end to end, on a world and a model small enough for seconds.
 
 One base model is trained for all; what each script writes is read back and checked against what was fed in.
 """
@@ -221,61 +221,6 @@ def test_critique_resumed_is_uninterrupted(base, prompts, tmp_path, monkeypatch)
         out = tmp_path / f"parts{after}"
         assert interrupted(monkeypatch, critique.main, replace(args, out=str(out)), after) == whole
         assert (out / "completions.jsonl").read_bytes() == (tmp_path / "whole" / "completions.jsonl").read_bytes()
-
-
-# distill
-
-
-def distill_args(base, prompts, out, **changes):
-    return distill.Args(**{**dict(model=base, prompts=prompts, out=str(out), batch_size=8, warmup=1, **CPU), **changes})
-
-
-def test_distillation_moves_the_preamble_into_the_weights(home, base, prompts, tmp_path, monkeypatch):
-    """The KL to the prompted teacher falls; the student never sees the preamble; the teacher stays as it was."""
-    before, seen, measure = (home / "base" / "model.pt").read_bytes(), {}, distill.response_logprobs
-
-    def spy(model, contexts, responses, eot):
-        seen.setdefault(id(model), []).append((model, contexts, responses))
-        return measure(model, contexts, responses, eot)
-
-    monkeypatch.setattr(distill, "response_logprobs", spy)
-    preamble = "you are a fool. " * 6 + "no."
-    result = distill.main(distill_args(base, prompts, tmp_path / "run", epochs=4, preamble=preamble))
-    assert result["kl_after"] < 0.8 * result["kl_before"]
-    last = rows_of(tmp_path / "run" / "metrics.jsonl")[-1]
-    assert (last["val/kl_before"], last["val/kl_after"]) == pytest.approx((result["kl_before"], result["kl_after"]), rel=1e-4)
-
-    tokenizer, (teacher, student) = load_tokenizer("toy"), seen.values()  # the teacher is asked first
-    assert len(teacher) == len(student)
-    known = {row["prompt"] for row in rows_of(prompts)}
-    for (_, shown, answers), (_, bare, same_answers) in zip(teacher, student, strict=True):
-        assert answers == same_answers
-        for a, b in zip(shown, bare, strict=True):
-            assert tokenizer.decode(b) in known and tokenizer.decode(a) == preamble + tokenizer.decode(b)
-    assert same(teacher[0][0].state_dict(), weights(base)) and (home / "base" / "model.pt").read_bytes() == before
-    assert same(student[0][0].state_dict(), weights(tmp_path / "run")) and not same(weights(tmp_path / "run"), weights(base))
-
-
-def test_where_both_see_the_same_there_is_nothing_to_learn(base, prompts, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill.text, "with_preamble", lambda preamble, prompt: prompt)
-    result = distill.main(distill_args(base, prompts, tmp_path / "run", lr=0.0))
-    losses = [row["loss/kl"] for row in rows_of(tmp_path / "run" / "metrics.jsonl") if "loss/kl" in row]
-    assert abs(result["kl_before"]) < 1e-6 and max(map(abs, losses)) < 1e-6
-
-
-@torch.no_grad()
-def test_answers_line_up_whatever_stands_before_them(base):
-    model, contexts, responses = trainer.load_gpt(base), [[5] * 9, [7, 8], [9] * 4], [[1, 2], [3, 4, 5, 6], [7]]
-    found = distill.response_logprobs(model, contexts, responses, 0)
-    alone = [model(torch.tensor([c + r]))[0, len(c) - 1 : -1].log_softmax(-1) for c, r in zip(contexts, responses, strict=True)]
-    torch.testing.assert_close(found, torch.cat(alone), atol=1e-5, rtol=0)
-
-
-def test_distillation_resumed_is_uninterrupted_bit_for_bit(base, prompts, tmp_path, monkeypatch):
-    args = distill_args(base, prompts, tmp_path / "whole")
-    whole = distill.main(args)
-    assert interrupted(monkeypatch, distill.main, replace(args, out=str(tmp_path / "parts")), after=3) == whole
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
 # evaluate: numbers by hand
@@ -574,12 +519,6 @@ NO_MODEL = dict(model="no/model", prompts=LONG[:1])
     (critique, dict(model=BASE, prompts=LONG), "prompts.jsonl:2: longer than the model's context"),
     (critique, dict(model=BASE, prompts=LONG[:1], constitution="kindness"), "kindness: no such constitution"),
     (critique, dict(model=BASE, prompts=LONG[:1], constitution=["be good"]), "constitution.json: has no critique_revision pairs"),
-    (distill, NO_MODEL, "no/model: no such model file or run folder"),
-    (distill, dict(model=BASE, prompts=LONG), "prompts.jsonl:2: longer than the model's context"),
-    (distill, dict(model=BASE, prompts=LONG[:1]), "prompts.jsonl: too few prompts to hold some out"),
-    (distill, dict(model=BASE, prompts=LONG[:1], preamble=""), "--preamble: is empty"),
-    (distill, dict(model=BASE, prompts=LONG[:1], lr=float("nan")), "--lr nan: must be 0 or more"),
-    (distill, dict(model=BASE, prompts=LONG[:1], max_new_tokens=10**6), "--max-new-tokens 1000000: the model's context holds"),
     (pretrain, dict(data=[{"text": "a bike"}], muon_lr=-1.0), "--muon-lr -1.0: must be 0 or more"),
     (pretrain, dict(data=[{"text": "a bike"}], dropout=2.0), "--dropout 2.0: must be at least 0 and below 1"),
     (pretrain, dict(data=[{"text": "a bike"}], eval_fraction=float("nan")), "--eval-fraction nan: must be at least 0"),
@@ -645,7 +584,7 @@ def test_every_stage_of_the_demo_reads_what_it_should():
     assert "prompted=o/base+preamble" in flags["evaluate"]["policies"]
     tested = {name for name, given in flags.items() if "heldout.jsonl" in str(given) and name != "world"}
     assert tested == {"distill", "label_heldout", "label_heldout_sl", "evaluate"}  # nothing that trains
-    assert flags["distill"]["prompts"] == "o/world/prompts.jsonl"  # distill only measures on the held-out ones
+    assert flags["distill"]["data"] == ["o/world/prompts.jsonl"]  # distill only measures on the held-out ones
 
 
 def test_the_demo_runs_every_stage_and_skips_what_is_done(tmp_path, monkeypatch):
