@@ -7,6 +7,7 @@ import torch
 from small import CPU, interrupted, rows_of, write
 
 import distill
+from bench import distill_targets
 from minirlaif import constitution, examples, prefix, targets, text, trainer
 from minirlaif.cli import UserError
 from minirlaif.examples import Example
@@ -379,3 +380,11 @@ def test_temperature_softens_both_sides_and_its_square_keeps_the_gradient(base):
     expected = ((z - z.mean(-1, keepdim=True)) @ student.lm_head.weight / 50).detach()
     torch.testing.assert_close(gradients[0], expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
     torch.testing.assert_close(gradients[1], expected, rtol=0.002, atol=0.002 * float(expected.abs().max()))
+
+
+def test_the_bench_of_targets_runs_through(capsys):
+    found = distill_targets.main(distill_targets.Args(quick=True, threads=1))
+    for context in (16, 128):
+        assert found["tiny", context, 0]["tensors"] == 600 and found["tiny", context, 50]["tensors"] == 202
+    assert 0 <= found["rounding", 0]["mean"] < 1e-6 and 0 <= found["rounding", 50]["mean"] < 1e-6
+    assert "top 50 and the rest" in capsys.readouterr().out
