@@ -344,7 +344,7 @@ class TokensArgs:
 def tokens(args: TokensArgs) -> list[str]:
     tables = []
     for path in args.file:
-        rows = data.read_jsonl(path, rollouts.KEYS)
+        rows = data.read_jsonl(path, rollouts.KEYS, check=rollouts.check)
         if args.row is not None and args.row not in (known := [row["row"] for row in rows]):
             raise cli.UserError(f"{path}: no row {args.row}, but {', '.join(map(str, known))}")
         tables += [rollouts.table(row) for row in rows if args.row in (None, row["row"])]

@@ -217,6 +217,7 @@ def main(args: Args):
             if state:
                 models.reward_model.mean, models.reward_model.std = state["scale"].values()
             else:
+                print(f"{args.out}: scoring {REFERENCE_SAMPLES} samples of the reference, to normalise by", flush=True)
                 models.reward_model.normalise(sample(models.ref_policy, 0, REFERENCE_SAMPLES, "reference"))
             scale = {"reference/mean": models.reward_model.mean, "reference/std": models.reward_model.std}
 

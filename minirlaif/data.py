@@ -12,6 +12,7 @@ encoded separately and joined, so the boundary is where it was.
 import contextlib
 import gzip
 import json
+import math
 import os
 import sys
 import zlib
@@ -131,9 +132,11 @@ def read_completions(path, on_bad_row="error"):
 
 
 def read_candidates(path, on_bad_row="error"):
-    """Rows with `prompt` and `responses` (two or more), perhaps `ranks` (one a response, smaller is better).
+    """Rows with `prompt` and `responses` (two or more), perhaps `ranks` (one a response, smaller is better), `stopped` (whether
+    each came to its own end) and `sources` (where each came from).
 
-    `summary_1`, `summary_2` are read as two responses; a preference pair as two responses with ranks 0 and 1.
+    `summary_1`, `summary_2` are read as two responses; a preference pair as two responses, a human's (which has no `p_chosen`)
+    with ranks 0 and 1.
     """
 
     def check(row):
@@ -144,15 +147,22 @@ def read_candidates(path, on_bad_row="error"):
                 _require(row, key, str)
             if keys:
                 row["responses"] = [row[key] for key in keys]
-            if "chosen" in keys:
+            if "chosen" in keys and "p_chosen" not in row:
                 row["ranks"] = [0, 1]
         _require(row, "responses", list)
-        responses, ranks = row["responses"], row.get("ranks")
+        responses = row["responses"]
         if len(responses) < 2 or not all(isinstance(r, str) for r in responses):
             raise BadRow("'responses' should be two or more strings")
-        numbers = isinstance(ranks, list) and all(type(r) in (int, float) for r in ranks)
-        if ranks is not None and (not numbers or len(ranks) != len(responses)):
-            raise BadRow("'ranks' should be one number a response")
+        if row.get("ranks") is None:
+            row.pop("ranks", None)
+        for key, what, good in (
+            ("ranks", "finite number", lambda x: type(x) in (int, float) and math.isfinite(x)),
+            ("stopped", "true or false", lambda x: isinstance(x, bool)),
+            ("sources", "string", lambda x: isinstance(x, str)),
+        ):
+            found = row.get(key, responses)
+            if not isinstance(found, list) or len(found) != len(responses) or not (key not in row or all(map(good, found))):
+                raise BadRow(f"'{key}' should be one {what} a response")
         return row
 
     return read_jsonl(path, {}, on_bad_row, check)

@@ -14,6 +14,7 @@ import importlib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -39,10 +40,18 @@ class TextReward:
         tokens, prompt_len = samples.tokens.tolist(), samples.prompt_len.tolist()
         prompts = [self.tokenizer.decode(ids[:n]) for ids, n in zip(tokens, prompt_len, strict=True)]
         responses = [self.tokenizer.decode(ids) for ids in samples.responses()]
-        found = self.function(prompts, responses)
+        try:
+            found = self.function(prompts, responses)
+        except UserError:
+            raise
+        except Exception as e:  # the user's own code: say whose it is, and where it went wrong
+            place = traceback.extract_tb(e.__traceback__)[-1]
+            raise UserError(
+                f"--reward-model {self.name}: raised {type(e).__name__}: {e} ({place.filename}:{place.lineno})"
+            ) from e
         try:
             scores = torch.as_tensor(found, dtype=torch.float32, device="cpu")
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             raise UserError(f"--reward-model {self.name}: should give a list of numbers, not {found!r:.60}") from None
         if scores.shape != (len(prompts),):
             shape = list(scores.shape)
@@ -63,8 +72,12 @@ class TextReward:
 def load(spec: str, tokenizer, device, dtype_of):
     """A RewardModel or a TextReward. dtype_of(model) -> "fp32" or "bf16", for a judge. UserError: no such thing."""
     kind, _, rest = spec.partition(":")
+    if kind == "judge" and ("://" in rest or rest.split(",")[0] in ("", "gold", "ranks")):
+        raise UserError(f"--reward-model {spec}: scores come from a local model: judge:PATH; wrap anything else in a function")
     if kind == "judge":
         return TextReward(spec, judge_score(spec, rest, device, dtype_of), tokenizer)
+    if ".py:" in spec and not os.path.exists(spec):
+        raise UserError(f"--reward-model {spec}: name the module as in an import, without .py: my_rewards:shorter")
     if re.fullmatch(r"[\w.]+:\w+", spec) and not os.path.exists(spec):
         return TextReward(spec, find_function(spec, kind, rest), tokenizer)
     return trainer.load_reward(spec, device)
@@ -76,6 +89,8 @@ def judge_score(spec: str, rest: str, device, dtype_of):
     if unknown := [name for name in options if name not in ("constitution", "principles")]:
         raise UserError(f"--reward-model {spec}: no option '{unknown[0]}', but constitution, principles")
     principles = constitution.load(options.get("constitution", "toy"))
+    if not principles.preferences:
+        raise UserError(f"--reward-model {spec}: this constitution has no preference principles to score by")
     names = options["principles"].split("+") if "principles" in options else [p.name for p in principles.preferences]
     for name in names:
         if not principles.preferences_for(name):
@@ -99,8 +114,9 @@ def find_function(spec: str, module: str, name: str):
     sys.path.insert(0, os.getcwd())  # as `python -m` would: the user's file lies where the user is
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as e:
-        raise UserError(f"--reward-model {spec}: {e}") from None
+    except (Exception, SystemExit) as e:  # whatever the user's module does when it is imported
+        kind = "" if isinstance(e, ImportError | AttributeError) else f"importing {module} raised {type(e).__name__}: "
+        raise UserError(f"--reward-model {spec}: {kind}{e}") from None
     finally:
         sys.path.pop(0)
     if not callable(function):

@@ -2,7 +2,7 @@
 
 import json
 
-from minirlaif.data import atomic_write
+from minirlaif.data import BadRow, atomic_write
 
 COLUMNS = ("logprob", "ref_logprob", "kl", "reward", "value", "advantage", "return")  # nats, score units; advantages whitened
 KEYS = dict.fromkeys(COLUMNS, list) | {"step": int, "row": int, "prompt": str, "score": float, "stopped": bool, "tokens": list}
@@ -25,6 +25,14 @@ def write(path, step, tokenizer, stopped, n, rollout, ref_logprobs, rewards, sco
             row["tokens"] = [tokenizer.decode([i]) if i != tokenizer.eot else "<|endoftext|>" for i in response]
             row |= {name: [float(f"{v:.6g}") for v in grid[b, where].tolist()] for name, grid in zip(COLUMNS, grids, strict=True)}
             f.write(json.dumps(row).encode() + b"\n")
+
+
+def check(row):
+    """A row of such a file, or BadRow."""
+    for name in COLUMNS:
+        if len(row[name]) != len(row["tokens"]) or not row[name] or not all(type(x) in (int, float) for x in row[name]):
+            raise BadRow(f"'{name}' should be one number a token")
+    return row
 
 
 def table(row) -> str:

@@ -69,6 +69,11 @@ def test_summaries_are_candidates(tmp_path):
     assert row["responses"] == ["x", "y"] and "ranks" not in row
 
 
+def test_labels_of_an_ai_are_no_ranks_of_a_human(tmp_path):
+    file = write(tmp_path / "a.jsonl", {**GOOD, "p_chosen": 0.5}, {**GOOD, "p_chosen": None, "status": "failed"}, GOOD)
+    assert [row.get("ranks") for row in data.read_candidates(file)] == [None, None, [0, 1]]
+
+
 def test_documents_of_every_form(tmp_path):
     file = write(tmp_path / "a.jsonl", {"text": "ab"}, {"segments": [["a", 0], ["b", 2.5]]},
                  {"prompt": "p", "completion": "cd", "stopped": False})
@@ -118,8 +123,12 @@ def test_a_bad_line_is_named(tmp_path, monkeypatch, bad, message):
 @pytest.mark.parametrize("bad, message", [
     ({"prompt": "p", "responses": ["a"]}, "'responses' should be two or more strings"),
     ({"prompt": "p", "responses": ["a", 1]}, "'responses' should be two or more strings"),
-    ({"prompt": "p", "responses": ["a", "b"], "ranks": [1]}, "'ranks' should be one number a response"),
-    ({"prompt": "p", "responses": ["a", "b"], "ranks": 1}, "'ranks' should be one number a response"),
+    ({"prompt": "p", "responses": ["a", "b"], "ranks": [1]}, "'ranks' should be one finite number a response"),
+    ({"prompt": "p", "responses": ["a", "b"], "ranks": [float("nan"), 1]}, "'ranks' should be one finite number a response"),
+    ({"prompt": "p", "responses": ["a", "b"], "stopped": [True]}, "'stopped' should be one true or false a response"),
+    ({"prompt": "p", "responses": ["a", "b"], "stopped": 1}, "'stopped' should be one true or false a response"),
+    ({"prompt": "p", "responses": ["a", "b"], "sources": ["x", {}]}, "'sources' should be one string a response"),
+    ({"prompt": "p", "responses": ["a", "b"], "ranks": 1}, "'ranks' should be one finite number a response"),
     ({"prompt": "p", "summary_1": "a"}, "no key 'summary_2'"),
     ({"prompt": "p"}, "no key 'responses'"),
 ])

@@ -34,8 +34,13 @@ def functions(tmp_path, monkeypatch):
         "def too_few(prompts, responses):\n    return [1.0]\n"
         "def broken(prompts, responses):\n    return [float('nan') if i else 1.0 for i, r in enumerate(responses)]\n"
         "def same(prompts, responses):\n    return [2.5 for r in responses]\n"
+        "def raises(prompts, responses):\n    return [1 / 0]\n"
+        "def huge(prompts, responses):\n    return [10**400 for r in responses]\n"
         "number = 3\n"
     )
+    (tmp_path / "bad_syntax.py").write_text("def f(:\n")
+    (tmp_path / "bad_exit.py").write_text("raise SystemExit(3)\n")
+    (tmp_path / "critiques.json").write_text('{"critique_revision": [{"critique": "is it bad?", "revision": "mend it."}]}')
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(__import__("sys").modules, "my_rewards", raising=False)
     return tmp_path
@@ -71,6 +76,8 @@ def test_scores_are_normalised_on_reference_samples(functions, samples):
         ("words", "should give a list of numbers"),
         ("too_few", r"shape \[1\] for 3 responses"),
         ("broken", "gives nan for the response"),
+        ("raises", r"raised ZeroDivisionError: division by zero \(.*my_rewards.py:\d+\)"),
+        ("huge", "should give a list of numbers"),
     ],
 )
 def test_what_is_no_score_stops_with_one_line(functions, samples, name, message):
@@ -89,6 +96,12 @@ def test_what_is_no_score_stops_with_one_line(functions, samples, name, message)
         ("judge:nowhere", "nowhere: no such model file"),
         ("judge:{base},principles=harm+joy", "no principle asks for 'joy'; there are danger"),
         ("judge:{base},cot=1", "no option 'cot'"),
+        ("judge:gold", "judge:PATH; wrap anything else in a function"),
+        ("judge:m@http://127.0.0.1:1/v1", "judge:PATH"),
+        ("my_rewards.py:shorter", "without .py"),
+        ("bad_syntax:f", "importing bad_syntax raised SyntaxError"),
+        ("bad_exit:f", "importing bad_exit raised SystemExit"),
+        ("judge:{base},constitution=critiques.json", "no preference principles"),
         ("nowhere", "nowhere: no such model file"),
     ],
 )

@@ -421,6 +421,10 @@ def test_rollouts_can_be_followed_token_by_token(home, tmp_path, capsys):
     evaluate_words.tokens(evaluate_words.TokensArgs(file=[str(path)], row=2))
     shown = capsys.readouterr().out
     assert f"{rows[2]['logprob'][0]:12.4f}" in shown and len(shown.strip().splitlines()) == len(rows[2]["tokens"]) + 8
+    for broken in ({"kl": []}, {"kl": rows[0]["kl"][:-1]}, {"kl": ["a"] * len(rows[0]["tokens"])}):
+        (tmp_path / "broken.jsonl").write_text(json.dumps(rows[0] | broken) + "\n")
+        with pytest.raises(UserError, match="broken.jsonl:1: 'kl' should be one number a token"):
+            evaluate_words.tokens(evaluate_words.TokensArgs(file=[str(tmp_path / "broken.jsonl")]))
     with pytest.raises(UserError, match="no row 9, but 0, 1, 2"):
         evaluate_words.tokens(evaluate_words.TokensArgs(file=[str(path)], row=9))
 
