@@ -114,7 +114,7 @@ def main(args: Args) -> dict:
         weights = torch.zeros(tokens.shape)
         for row, (_, w) in zip(weights, rows, strict=True):
             row[: len(w)] = torch.tensor(w)
-        return tokens.to(device), weights.to(device)
+        return data.to_device(tokens, device), data.to_device(weights, device)
 
     if not documents:
         raise cli.UserError("--data holds nothing to train on (or --eval-fraction holds all of it out)")

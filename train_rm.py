@@ -191,7 +191,7 @@ def score_groups(model, groups, eot, precision):
     device, k = model.gain.device, max(len(group.ids) for group in groups)
     tokens, length = data.pad([ids for group in groups for ids in group.ids], eot, 16, model.gpt.config.block_size)
     with precision:
-        flat = model(tokens.to(device), length.to(device))  # [R]: chosen and rejected together, 2N rows for pairs
+        flat = model(data.to_device(tokens, device), data.to_device(length, device))  # [R], 2N for N pairs
     row = torch.zeros(len(groups), k, dtype=torch.long)
     p, first = torch.full((len(groups), k, k), math.nan), 0
     for n, group in enumerate(groups):
@@ -199,7 +199,7 @@ def score_groups(model, groups, eot, precision):
         first += len(group.ids)
         for (i, j), labels in group.p.items():
             p[n, i, j] = sum(labels) / len(labels)  # the loss is linear in p: the mean label gives the mean loss
-    return flat[row.to(device)], p.to(device)
+    return flat[data.to_device(row, device)], data.to_device(p, device)
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ def last_hidden(model: GPT, prompts: list[list[int]], groups: list, root: KVCach
         h, _ = follow(model, cache, owner, [ids[cache.used :] for ids in prompts], pad_id)
     else:
         tokens, _ = data.pad(prompts, pad_id, multiple(model.device), model.config.block_size)
-        h = model.hidden(tokens.to(model.device))
+        h = model.hidden(data.to_device(tokens, model.device))
     return h[torch.arange(len(prompts)), torch.tensor(list(map(len, prompts))) - cache.used - 1]
 
 
@@ -77,7 +77,7 @@ def follow(model: GPT, cache: KVCache, owner: list[int], rows: list[list[int]], 
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.wte.weight.dtype
     grown = KVCache(model.config, len(rows), held + tokens.shape[1], device, dtype)
     grown.begin_with(cache, owner)
-    h = model.hidden(tokens.to(device), grown)
+    h = model.hidden(data.to_device(tokens, device), grown)
     grown.used = held + int(length.max())
     return h, grown
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from minirlaif import ddp
+from minirlaif.data import to_device
 from minirlaif.model import GPT, KVCache
 
 
@@ -88,10 +89,11 @@ def generate(
     tokens = torch.full((B, T + max_new_tokens), eot, dtype=torch.long)
     for row, p in enumerate(prompts):
         tokens[row, : len(p)] = torch.tensor(p)
-    tokens = tokens.to(device)
+    tokens = to_device(tokens, device)
     prompt_len = torch.tensor(lengths, device=device)
     rows = range(B) if rows is None else rows
-    noise = torch.rand(rows[-1] + 1, max_new_tokens, generator=torch.Generator().manual_seed(seed))[list(rows)].to(device)
+    noise = torch.rand(rows[-1] + 1, max_new_tokens, generator=torch.Generator().manual_seed(seed))[list(rows)]
+    noise = to_device(noise, device)
     training = model.training
     model.eval()
 
