@@ -243,8 +243,7 @@ def main(args: Args) -> dict:
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(student.parameters(), MAX_GRAD_NORM)
-            if not norm.isfinite():  # before the step that would spoil the weights
-                raise cli.UserError(f"{args.out}: step {step}: the gradient is {norm.item()}; try a lower --lr, or --dtype fp32")
+            trainer.check_finite({"loss": loss, "gradient": norm})  # before the step that would spoil the weights
             optimizer.step()
             tokens_seen += sum(len(e.response) for e in batch)
             speed = tokens_seen / (time.monotonic() - started)

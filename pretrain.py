@@ -162,8 +162,7 @@ def main(args: Args) -> dict:
             loss = ddp.total(loss.detach())
             ddp.sum_gradients(model)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            if not norm.isfinite():  # before the step that would spoil the weights
-                raise cli.UserError(f"{args.out}: step {step}: the gradient is {norm.item()}; try a lower --lr, or --dtype fp32")
+            trainer.check_finite({"loss": loss, "gradient": norm})  # before the step that would spoil the weights
             for optimizer in optimizers:
                 optimizer.step()
             seen += sum(lengths[i] for i in batches[step])

@@ -104,10 +104,8 @@ def score(models: Models, samples: Samples, parts, temperature, precision):
                 scores[rows] = models.reward_model(t, samples.length[rows])
     result = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values, "entropy": entropy, "scores": scores}
     result["kl_full"] = kl_full
-    for name, x in result.items():
-        result[name] = x = ddp.total(x)  # each process has filled in its rows
-        if not x.isfinite().all():
-            raise FloatingPointError(f"{name} are not all finite")
+    result = {name: ddp.total(x) for name, x in result.items()}  # each process has filled in its rows
+    trainer.check_finite(result)
     return {"tokens": tokens, "mask": mask, **result}
 
 
@@ -133,6 +131,7 @@ def ppo_step(models: Models, samples: Samples, args: Args, kl_coef, step, precis
     token_rewards = ppo.shape_rewards(scores, x["logprobs"], x["ref_logprobs"], mask, kl_coef)
     if args.whiten_rewards:
         token_rewards = ppo.masked_whiten(token_rewards, mask, shift_mean=False)
+    trainer.check_finite({"rewards": token_rewards})
 
     # 4. Advantages, whitened over the whole batch; the returns are taken before that
     advantages, returns = ppo.gae(token_rewards, x["values"], mask, gamma=1.0, lam=args.lam)
@@ -238,10 +237,7 @@ def main(args: Args):
             if args.dump_rollouts and ddp.rank() == 0:
                 path = run.folder / "rollouts" / f"{step:05d}.jsonl"  # one file a step: a step done again writes it again
                 dump = partial(rollouts.write, path, step, tokenizer, samples.stopped, args.dump_rollouts)
-            try:
-                metrics = ppo_step(models, samples, args, kl.kl_coef, step, precision, dump)
-            except FloatingPointError as e:
-                raise UserError(f"{args.out}: step {step}: {e}; try a lower --lr, or --dtype fp32") from None
+            metrics = ppo_step(models, samples, args, kl.kl_coef, step, precision, dump)
             kl.update(metrics["objective/kl"], args.batch_size)
 
             # 6. Log, and save now and then

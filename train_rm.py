@@ -115,8 +115,7 @@ def main(args: Args):
             loss = ddp.total(torch.tensor(loss, device=device)).item()
             ddp.sum_gradients(model)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
-            if not math.isfinite(loss + norm):
-                raise UserError(f"{args.out}: step {step}: loss {loss}, gradient {norm}; try a lower --lr, or --dtype fp32")
+            trainer.check_finite({"loss": loss, "gradient": norm})  # before the step that would spoil the weights
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             seen += sum(len(ids) for group in batch for ids in group.ids)

@@ -53,8 +53,8 @@ def token_kl(teacher_logprobs, student_logprobs, direction="forward"):
     p, q = teacher_logprobs, student_logprobs
     if direction == "reverse":
         p, q = q, p
-    # a token that p never takes adds 0, where exp(-inf) * (-inf - q) would be NaN
-    return torch.where(p > float("-inf"), p.exp() * (p - q), 0.0).sum(-1)
+    # a token that p never takes adds 0, where exp(-inf) * (-inf - q) would be NaN; a NaN stays one
+    return torch.where(p != float("-inf"), p.exp() * (p - q), 0.0).sum(-1)
 
 
 def topk_rest(logprobs, ids):

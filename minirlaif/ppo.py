@@ -207,7 +207,7 @@ def update(policy, value_model, policy_optimizer, value_optimizer, rollout, epoc
 
     max_approx_kl: stop for good at the first minibatch on which KL(old || new) is above this, without its step.
     Returns stats: means over the minibatches seen, as floats. `precision` is an autocast context. FloatingPointError,
-    before the step that would spoil the weights, where a gradient is not finite.
+    before the step that would spoil the weights, where a loss or a gradient is not finite.
     """
     models = {"policy": (policy, policy_optimizer), "value": (value_model, value_optimizer)}
     totals, norms, seen, steps = Counter(), Counter(), 0, 0
@@ -234,8 +234,9 @@ def update(policy, value_model, policy_optimizer, value_optimizer, rollout, epoc
         for name, (model, optimizer) in models.items():
             ddp.sum_gradients(model)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-            if not norm.isfinite():
-                raise FloatingPointError(f"the gradient of the {name} model is {norm.item()}")
+            for what, x in (("loss", totals[f"loss/{name}"]), ("gradient", norm)):
+                if not torch.as_tensor(x).isfinite():  # a process without rows has a loss of 0
+                    raise FloatingPointError(f"{what} of the {name} model is {x.item()}")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             norms[f"{name}/grad_norm"] += norm

@@ -19,6 +19,8 @@ import signal
 import sys
 import threading
 import time
+import zipfile
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from minirlaif.tokenizer import load_tokenizer
 
 # what torch.load and the look at its result raise for a file that is cut short or foreign
 DAMAGED = (EOFError, OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, pickle.UnpicklingError)
+DAMAGED += (zipfile.BadZipFile, zlib.error)
 
 
 def resolve_device(name):
@@ -112,6 +115,18 @@ def lr_at(step, total, warmup=0, kind="linear", min_ratio=0.0):
     return min_ratio + (1 - min_ratio) * left
 
 
+def check_finite(x, name=""):
+    """FloatingPointError, which says where, if a float or tensor in x (or in its dicts, lists and tuples) is NaN or infinite.
+
+    In a `with Run(...)` block it ends the run with one line that adds the step and the last good checkpoint.
+    """
+    if isinstance(x, dict | list | tuple):
+        for key, part in x.items() if isinstance(x, dict) else enumerate(x):
+            check_finite(part, f"{name} {key}".strip())
+    elif isinstance(x, float | torch.Tensor) and not (finite := torch.as_tensor(x).isfinite()).all():
+        raise FloatingPointError(f"{name} is {x if isinstance(x, float) else x[~finite][0].item()}")
+
+
 class Run:
     """A run folder: args.json, metrics.jsonl, state.pt (and state.prev.pt behind it), model.pt at the end.
 
@@ -126,7 +141,8 @@ class Run:
         save_model(run.folder, ...)
         run.finish()
 
-    Also a context manager, which gives Ctrl-C back to Python however the block ends.
+    Also a context manager, which gives Ctrl-C back to Python however the block ends, and turns a FloatingPointError into a
+    UserError that names the step and the last good checkpoint. Nothing that is not finite is ever saved.
     """
 
     def __init__(self, out, args, resume=False, save_every_s=60.0):
@@ -159,6 +175,7 @@ class Run:
                 self.metrics_file.write_bytes(b"")
             self._write_info()
         self.saved_at, self.interrupted, self.old_handler = time.monotonic(), False, None
+        self.step, self.saved_step = 0, None  # steps done, and of these in the last checkpoint
         if not self.finished and threading.current_thread() is threading.main_thread():
             self.old_handler = signal.signal(signal.SIGINT, self._on_interrupt)
 
@@ -177,12 +194,18 @@ class Run:
 
         A state.pt that cannot be read is replaced by state.prev.pt, with a warning. UserError: that one is damaged too.
         """
-        return ddp.agree(self._load_state() if ddp.rank() == 0 else None)
+        state = ddp.agree(self._load_state() if ddp.rank() == 0 else None)
+        if state is not None:
+            self.step = self.saved_step = state.get("step", 0)
+        return state
 
     def _load_state(self):
         files = [f for f in (self.state_file, self.previous_file) if f.exists()]
         for file in files:
             try:
+                with zipfile.ZipFile(file) as checksums:  # torch.load does not look at them: a flipped bit would pass
+                    if damaged := checksums.testzip():
+                        raise zipfile.BadZipFile(damaged)
                 saved = torch.load(file, map_location="cpu", weights_only=True)
                 state, offset = saved["state"], saved["metrics_bytes"]
             except DAMAGED as e:
@@ -197,15 +220,12 @@ class Run:
         return None
 
     def log(self, step, **metrics):
-        """Append {"step": step, **metrics} to metrics.jsonl (six digits). UserError: a number is not finite."""
+        """Append {"step": step, **metrics} to metrics.jsonl (six digits). FloatingPointError: a number is not finite."""
+        check_finite(metrics)
         row = {"step": step}
         for name, value in metrics.items():
             value = value.item() if isinstance(value, torch.Tensor) else value
-            if isinstance(value, float):
-                if not math.isfinite(value):
-                    raise UserError(f"{self.folder}: {name} is {value} at step {step}: try a lower --lr, or --dtype fp32")
-                value = float(f"{value:.6g}")
-            row[name] = value
+            row[name] = float(f"{value:.6g}") if isinstance(value, float) else value
         if ddp.rank() > 0:
             return
         try:
@@ -215,22 +235,24 @@ class Run:
             raise UserError(f"{self.metrics_file}: cannot write: {e.strerror}") from e
 
     def save_state(self, state):
-        """Write state.pt atomically, the last one behind it as state.prev.pt. UserError: the disk is full (both survive).
+        """Write state.pt atomically, the last one behind it as state.prev.pt. UserError: the disk is full (both survive);
+        FloatingPointError: not all of it is finite (both survive).
 
         state: what weights_only loads, that is tensors, numbers, strings, and plain lists, tuples and dicts of them.
         """
-        if ddp.rank() > 0:
-            return
-        sync(self.metrics_file)
-        with atomic_write(self.state_file, self.previous_file) as f:
-            torch.save({"state": state, "metrics_bytes": self.metrics_file.stat().st_size}, f)
-        self.saved_at = time.monotonic()
+        check_finite(state)
+        if ddp.rank() == 0:
+            sync(self.metrics_file)
+            with atomic_write(self.state_file, self.previous_file) as f:
+                torch.save({"state": state, "metrics_bytes": self.metrics_file.stat().st_size}, f)
+        self.saved_at, self.saved_step = time.monotonic(), state.get("step", 0)
 
     def end_step(self, step, make_state):
         """After a step: save {"step": step, **make_state()} when save_every_s have passed; on Ctrl-C save and stop."""
         self.interrupted = any(ddp.gather(self.interrupted))
         if self.interrupted or time.monotonic() - self.saved_at >= self.save_every_s:
             self.save_state({"step": step, **make_state()})
+        self.step = step
         self._stop_if_interrupted()
 
     def finish(self):
@@ -251,8 +273,12 @@ class Run:
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, kind, error, trace):
         self.close()
+        if kind is FloatingPointError:
+            good = "none yet" if self.saved_step is None else f"step {self.saved_step}"
+            advice = f"last good checkpoint: {good}; try a lower --lr, or --dtype fp32"
+            raise UserError(f"{self.folder}: step {self.step}: {error}; {advice}") from None
 
     def _on_interrupt(self, signum, frame):
         if self.interrupted:
@@ -311,7 +337,9 @@ def save_model(path, config, state_dict, kind="gpt", tokenizer_name=None, extra=
     """Write model.pt, what the next stage reads: config, weights, kind ("gpt", "reward"), and the tokenizer by name and hash.
 
     path: a file, or a run folder (then its model.pt). extra: a dict of plain values and tensors, kept beside them.
+    FloatingPointError: a weight is not finite; nothing is written.
     """
+    check_finite(state_dict)
     if ddp.rank() > 0:
         return
     content = {"kind": kind, "config": asdict(config), "model": state_dict, "tokenizer": tokenizer_name, **(extra or {})}

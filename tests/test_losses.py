@@ -91,6 +91,8 @@ def test_distill_kl_reads_only_the_mask_and_allows_impossible_tokens():
     assert distill_kl(p, q, mask, "forward").item() == pytest.approx(0.5 * math.log(2))
     q = q.masked_fill(~mask[:, None], float("nan"))
     assert distill_kl(p, q, mask, "forward").item() == pytest.approx(0.5 * math.log(2))
+    for broken in ((p * float("nan"), q), (p, q * float("nan"))):  # a teacher that is lost is not one that agrees
+        assert distill_kl(*broken, mask, "forward").isnan() and distill_kl(*broken, mask, "reverse").isnan()
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])

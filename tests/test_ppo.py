@@ -412,7 +412,7 @@ def test_nan_stops_before_the_weights_are_spoiled(field, name):
     plan = [ppo.split_rows(length, 4, 10**9, torch.Generator().manual_seed(0))]
     rollout = rollout_of(policy, value_model, tokens, mask, length, plan[0][0])
     rollout = rollout._replace(**{field: rollout.mask * float("nan")})
-    with pytest.raises(FloatingPointError, match=f"gradient of the {name} model is nan"):
+    with pytest.raises(FloatingPointError, match=f"loss of the {name} model is nan"):
         ppo.update(policy, value_model, *(CountingSGD(m.parameters(), lr=0.1) for m in models.values()), rollout, plan)
     assert all(torch.equal(x, before[key]) for key, x in models[name].state_dict().items())
 

@@ -440,7 +440,7 @@ def test_nan_stops_with_one_line(home, tmp_path, monkeypatch, model):
         return models
 
     monkeypatch.setattr(train_ppo, "load_models", spoiled)
-    with pytest.raises(UserError, match="step 0: .*finite.*--lr") as error:
+    with pytest.raises(UserError, match="step 0: .* is nan; last good checkpoint: none yet; .*--lr") as error:
         train_ppo.main(make_args(home, tmp_path / "run"))
     assert "\n" not in str(error.value)
 

@@ -231,7 +231,7 @@ def test_a_pair_that_is_too_long_is_named_or_skipped(home, tmp_path, capsys):
 
 def test_nan_stops_with_one_line(home, tmp_path, monkeypatch):
     monkeypatch.setattr(train_rm, "kwise_loss", lambda scores, p: scores.sum() * float("nan"))
-    with pytest.raises(UserError, match="step 0: loss nan") as error:
+    with pytest.raises(UserError, match="step 0: loss is nan; last good checkpoint: none yet") as error:
         train_rm.main(make_args(home, tmp_path / "run"))
     assert "\n" not in str(error.value)
 
