@@ -258,7 +258,8 @@ class Run:
     def finish(self):
         """Mark the run as finished; --resume then has nothing to do. Removes nothing."""
         self.info["finished"] = self.finished = True
-        self.info["files"] = sorted(f.name for f in self.folder.iterdir() if not f.name.startswith("state"))
+        kept = [f.name for f in self.folder.iterdir() if not f.name.startswith("state") and f.suffix != ".tmp"]
+        self.info["files"] = sorted(kept)
         self._write_info()
         ddp.agree(None)  # the others go on when all is written
         self._stop_if_interrupted()
