@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minirlaif import cli, constitution, data, examples, prefix, targets, trainer, world
+from minirlaif import cli, constitution, data, ddp, examples, prefix, targets, trainer, world
 from minirlaif.metrics import gold_of
 from minirlaif.sampling import generate
 
@@ -93,7 +93,7 @@ def main(args: Args) -> dict:
     cli.require_not_negative(args, "lr", "top_k")
     if args.weights and (len(args.weights) != len(args.data) or not all(0 < w < float("inf") for w in args.weights)):
         raise cli.UserError(f"--weights: {len(args.data)} files need as many numbers above 0")
-    device, context = trainer.resolve_device(args.device), context_of(args)
+    device, context = ddp.start(trainer.resolve_device(args.device)), context_of(args)
     tokenizer = trainer.tokenizer_of(args.model, args.teacher or args.model)
     student = trainer.load_gpt(args.model, device)
     teacher = trainer.load_gpt(args.teacher or args.model, device).requires_grad_(False)
@@ -157,19 +157,18 @@ def main(args: Args) -> dict:
                 h = states(teacher, batch)
                 return targets.predict(teacher, h, top_k, args.temperature) if top_k else (teacher, h)
 
-        def mean_kl(batch, target, direction, temperature):
+        def total_kl(batch, target, direction, temperature):
             kl = targets.kl(student, states(student, batch), target, direction, temperature)
-            return kl[: sum(len(e.response) for e in batch)].mean()
+            return kl[: sum(len(e.response) for e in batch)].sum()
 
         @torch.no_grad()
         def held_out_kl():
             """KL(teacher || student) over the whole vocabulary at temperature 1, whatever the loss is; nats a token."""
             total = count = 0
             for batch in (test[i : i + 64] for i in range(0, len(test), 64)):
-                n = sum(len(e.response) for e in batch)
                 with precision:
-                    total += float(mean_kl(batch, (teacher, states(teacher, batch)), "forward", 1.0)) * n
-                count += n
+                    total += float(total_kl(batch, (teacher, states(teacher, batch)), "forward", 1.0))
+                count += sum(len(e.response) for e in batch)
             return total / count
 
         prompts = [e for e in held_out if e.response is None]
@@ -191,7 +190,7 @@ def main(args: Args) -> dict:
         stored, file = None, Path(args.store_targets) if args.store_targets else None
         if file and not file.parent.is_dir():  # said before the answers are sampled, not after
             raise cli.UserError(f"--store-targets {file}: there is no folder {file.parent}")
-        if file and file.exists():
+        if ddp.agree(bool(file and file.exists())):
             stored, responses = targets.load(file, made)
         else:
             responses = state["responses"] if state else answered(train, "train")
@@ -199,7 +198,9 @@ def main(args: Args) -> dict:
         if file and rows and not stored:
             with precision:
                 found = targets.predict_all(teacher, root, rows, top_k, args.temperature, tokenizer.eot)
-            targets.save(file, found, responses, made)
+            if ddp.rank() == 0:
+                targets.save(file, found, responses, made)
+            ddp.agree(None)  # it is there
             stored, _ = targets.load(file, made)
         test_responses = state["test_responses"] if state else answered(held_out, "test")
         test = filled(held_out, test_responses)
@@ -227,7 +228,7 @@ def main(args: Args) -> dict:
             batches += [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
         quarters = {len(batches) * i // 4 for i in (1, 2, 3)} - {0}
         started, tokens_seen = time.monotonic(), 0
-        bar = tqdm(range(first, len(batches)), initial=first, total=len(batches), desc="distill", unit="step", dynamic_ncols=True)
+        bar = tqdm(range(first, len(batches)), "distill", initial=first, total=len(batches), disable=ddp.rank() > 0)
         for step in bar:
             val = {"val/kl": before["val/kl_before"]} if step == 0 else {}
             if step in quarters:
@@ -237,15 +238,20 @@ def main(args: Args) -> dict:
             lr = args.lr * trainer.lr_at(step, len(batches), WARMUP, "linear")
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            batch = [rows[i] for i in batches[step]]
-            with precision:
-                loss = mean_kl(batch, target_of(batch, batches[step]), args.direction, args.temperature)
+            count, mine = sum(len(rows[i].response) for i in batches[step]), ddp.share(batches[step])
+            loss = torch.zeros((), device=device)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            if mine:
+                batch = [rows[i] for i in mine]
+                with precision:
+                    loss = total_kl(batch, target_of(batch, mine), args.direction, args.temperature) / count
+                loss.backward()
+            loss = ddp.total(loss.detach())
+            ddp.sum_gradients(student)
             norm = torch.nn.utils.clip_grad_norm_(student.parameters(), MAX_GRAD_NORM)
             trainer.check_finite({"loss": loss, "gradient": norm})  # before the step that would spoil the weights
             optimizer.step()
-            tokens_seen += sum(len(e.response) for e in batch)
+            tokens_seen += count
             speed = tokens_seen / (time.monotonic() - started)
             metrics = {"loss/kl": loss, "grad_norm": norm, "lr": lr, "tokens_per_second": speed}
             run.log(step, **metrics, **val)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from small import CPU
 
+import distill
 import pretrain
 import train_ppo
 import train_rm
@@ -74,6 +75,9 @@ def runs(home, base, prompts, labelled, tmp_path_factory):
     cases = {
         pretrain: dict(data=[str(out / "completions.jsonl")], init=base, tokens_per_batch=256, lr=1e-3, warmup=1, epochs=3),
         train_rm: dict(init=base, data=[str(labelled[0] / "preferences.jsonl")], batch_size=5, lr=1e-3),
+        distill: dict(
+            model=base, data=[str(out / "completions.jsonl")], eval_data=prompts, batch_size=3, max_new_tokens=8, lr=1e-3
+        ),
         train_ppo: dict(
             init=base, reward_model=str(out / "rm.pt"), data=prompts, steps=5, batch_size=9, minibatch_size=4, ppo_epochs=2,
             max_new_tokens=12, lr=1e-3, value_lr=1e-3, whiten_rewards=True,
@@ -86,6 +90,7 @@ def runs(home, base, prompts, labelled, tmp_path_factory):
             jobs += [(train_ppo, train_ppo.Args(out=str(out / "interrupted"), **cases[train_ppo], **CPU))]
         said[n] = launch(jobs, n)
     starts = {
+        distill: [trainer.load_gpt(base)],
         pretrain: [trainer.load_gpt(base)],
         train_rm: [RewardModel(trainer.load_gpt(base), generator=trainer.rng(0, "head"))],
         train_ppo: [trainer.load_gpt(base), ValueModel(model)],
@@ -97,13 +102,13 @@ def vector(state_dicts):
     return torch.cat([x.double().flatten() for weights in state_dicts for x in weights.values()])
 
 
-@pytest.mark.parametrize("module", [pretrain, train_rm, train_ppo], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [pretrain, train_rm, train_ppo, distill], ids=lambda m: m.__name__)
 def test_two_processes_make_the_steps_of_one(module, runs):
     """The change of all weights. Shares are unequal: 9 rows on two processes, minibatches of one row that leave one with none."""
     out, _, starts = runs
     folders = [out / module.__name__ / n for n in "12"]
     states = [torch.load(folder / "state.pt", weights_only=True)["state"] for folder in folders]
-    one, two = (vector([s[name] for name in ("model", "policy", "value_model") if name in s]) for s in states)
+    one, two = (vector([s[name] for name in ("model", "policy", "value_model", "student") if name in s]) for s in states)
     change = one - starts[module]
     assert change.norm() > 1e-2
     assert (one - two).norm() <= 1e-4 * change.norm()
