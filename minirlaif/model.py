@@ -66,6 +66,12 @@ def attend(q, k, v, mask=None):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
+def project(linear, x, adapter):
+    """linear(x), and what an adapter (lora.Adapter) adds to it."""
+    y = linear(x)
+    return y if adapter is None else y.add_(adapter.delta(linear, x))  # in place: no backward needs y
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -73,15 +79,15 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, layer=0, cache=None, pos=None, mask=None):
+    def forward(self, x, layer=0, cache=None, pos=None, mask=None, adapter=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)
+        q, k, v = project(self.c_attn, x, adapter).split(C, dim=2)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, H, T, C/H)
         if cache is not None:
             k, v = cache.write(layer, k, v, pos)
             q = q.to(k.dtype)
         y = attend(q, k, v, mask)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return project(self.c_proj, y.transpose(1, 2).reshape(B, T, C), adapter)
 
 
 class Block(nn.Module):
@@ -95,10 +101,10 @@ class Block(nn.Module):
         )
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, layer=0, cache=None, pos=None, mask=None):
-        x = x + self.drop(self.attn(self.ln_1(x), layer, cache, pos, mask))
-        h = F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh")
-        return x + self.drop(self.mlp.c_proj(h))
+    def forward(self, x, layer=0, cache=None, pos=None, mask=None, adapter=None):
+        x = x + self.drop(self.attn(self.ln_1(x), layer, cache, pos, mask, adapter))
+        h = F.gelu(project(self.mlp.c_fc, self.ln_2(x), adapter), approximate="tanh")
+        return x + self.drop(project(self.mlp.c_proj, h, adapter))
 
 
 class GPT(nn.Module):
@@ -128,11 +134,12 @@ class GPT(nn.Module):
     def device(self) -> torch.device:
         return self.wte.weight.device
 
-    def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+    def hidden(self, idx: torch.Tensor, cache: KVCache | None = None, adapter=None) -> torch.Tensor:
         """Last hidden states (B, T, C) of tokens idx (B, T), after ln_f.
 
         With a cache, the T tokens of each row follow the tokens that the row holds; the caller then moves
         `cache.length` on by as many of them as are real (the slots of pads are simply written again).
+        adapter: a lora.Adapter of this model; None is the model itself.
         Raises ValueError when a row would pass block_size.
         """
         B, T = idx.shape
@@ -151,7 +158,7 @@ class GPT(nn.Module):
             x = self.wte(idx) + self.wpe(pos)
         x = self.drop(x)
         for layer, block in enumerate(self.h):
-            x = block(x, layer, cache, pos, mask)
+            x = block(x, layer, cache, pos, mask, adapter)
         return self.ln_f(x)
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
