@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minirlaif import cli, constitution, data, ddp, examples, prefix, targets, trainer, world
+from minirlaif import cli, constitution, data, ddp, examples, lora, prefix, targets, trainer, world
 from minirlaif.metrics import gold_of
 from minirlaif.sampling import generate
 
@@ -50,6 +50,7 @@ class Args:
     lr: float = cli.arg(1e-3, "peak learning rate, linear to 0; 1e-5 (large models) to 1e-3 (tiny ones)")
     max_new_tokens: int = cli.arg(48, "longest answer in tokens, 32-256")
     on_bad_row: str = cli.arg("error", "a row that cannot be used: stop, or skip and count it", choices=["error", "skip"])
+    lora_rank: int = cli.arg(0, "rank of an adapter to train instead of the weights (minirlaif/lora.py), 4-64; 0: none")
     seed: int = cli.arg(0, "seed of the teacher's samples and of the order")
     device: str = cli.arg("auto", "auto takes cuda, mps or cpu, the first that is there", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = cli.arg("auto", "bf16 is autocast over fp32 weights; auto measures", choices=["auto", "fp32", "bf16"])
@@ -90,13 +91,14 @@ def gold_means(answers: list[dict]) -> dict:
 
 def main(args: Args) -> dict:
     cli.require_positive(args, "epochs", "batch_size", "max_new_tokens", "limit", "temperature")
-    cli.require_not_negative(args, "lr", "top_k")
+    cli.require_not_negative(args, "lr", "top_k", "lora_rank")
     if args.weights and (len(args.weights) != len(args.data) or not all(0 < w < float("inf") for w in args.weights)):
         raise cli.UserError(f"--weights: {len(args.data)} files need as many numbers above 0")
     device, context = ddp.start(trainer.resolve_device(args.device)), context_of(args)
     tokenizer = trainer.tokenizer_of(args.model, args.teacher or args.model)
-    student = trainer.load_gpt(args.model, device)
-    teacher = trainer.load_gpt(args.teacher or args.model, device).requires_grad_(False)
+    base = trainer.load_gpt(args.model, device).requires_grad_(False)
+    student = lora.trainable(base, args.lora_rank, trainer.rng(args.seed, "adapter"))
+    teacher = trainer.load_gpt(args.teacher, device).requires_grad_(False) if args.teacher else base
     top_k = (0 if tokenizer.n_vocab < MANY_TOKENS else 50) if args.top_k is None else args.top_k
     rooms = teacher.config.block_size, student.config.block_size
     data.check_room(args.max_new_tokens, min(rooms))
@@ -263,7 +265,7 @@ def main(args: Args) -> dict:
         metrics = {**before, "val/kl": after, "val/kl_after": after, **gold, "val/tokens_saved": saved}
         cut_off = len(train) - len(rows)
         run.log(len(batches), **metrics, answers=len(rows), cut_off=cut_off)
-        trainer.save_model(args.out, student.config, student.state_dict(), "gpt", tokenizer.name)
+        lora.save(args.out, student, "gpt", tokenizer.name)
         run.finish()
     for i, e in enumerate(asked[:SHOWN]):
         print(tokenizer.decode(e.unseen).strip(), *(f"\n  {name:>8}:{texts[i]}" for name, texts in said.items()), sep="")

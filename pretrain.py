@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minirlaif import cli, data, ddp, trainer
+from minirlaif import cli, data, ddp, lora, trainer
 from minirlaif.model import GPT, GPTConfig, rows_where, upcast
 from minirlaif.muon import Muon
 from minirlaif.tokenizer import load_tokenizer
@@ -42,6 +42,7 @@ class Args:
     max_grad_norm: float = cli.arg(1.0, "clip the gradient's norm at this")
     eval_fraction: float = cli.arg(0.01, "share of the documents held out for the validation loss, 0-0.1")
     on_bad_row: str = cli.arg("error", "a row that cannot be used: stop, or skip and count it", choices=["error", "skip"])
+    lora_rank: int = cli.arg(0, "rank of an adapter to train instead of the weights (minirlaif/lora.py), 4-64; 0: none")
     seed: int = cli.arg(0, "seed of weights and data order")
     device: str = cli.arg("auto", "auto takes cuda, mps or cpu, the first that is there", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = cli.arg("auto", "bf16 is autocast over fp32 weights; auto measures", choices=["auto", "fp32", "bf16"])
@@ -93,12 +94,15 @@ def make_optimizers(model: GPT, args: Args, dtype) -> list[torch.optim.Optimizer
 
 def main(args: Args) -> dict:
     cli.require_positive(args, "epochs", "tokens_per_batch", "block_size", "n_layer", "n_head", "n_embd", "max_grad_norm")
-    cli.require_not_negative(args, "lr", "muon_lr", "warmup", "weight_decay")
+    cli.require_not_negative(args, "lr", "muon_lr", "warmup", "weight_decay", "lora_rank")
     cli.require_share(args, "eval_fraction", "dropout")
     device = ddp.start(trainer.resolve_device(args.device))
     if args.init:
-        tokenizer, model = trainer.tokenizer_of(args.init), trainer.load_gpt(args.init, device)
+        tokenizer = trainer.tokenizer_of(args.init)
+        model = lora.trainable(trainer.load_gpt(args.init, device), args.lora_rank, trainer.rng(args.seed, "adapter"))
     else:
+        if args.lora_rank:
+            raise cli.UserError("--lora-rank: an adapter needs trained weights to adapt; name them with --init")
         if args.n_embd % args.n_head:
             raise cli.UserError(f"--n-embd {args.n_embd} is not a multiple of --n-head {args.n_head}")
         tokenizer = load_tokenizer(args.tokenizer)
@@ -177,7 +181,7 @@ def main(args: Args) -> dict:
         val = evaluate(model, held_out, batch, args.tokens_per_batch, device, dtype)
         if val is not None:
             run.log(len(batches), **{"loss/val": val})
-        trainer.save_model(args.out, model.config, model.state_dict(), "gpt", tokenizer.name)
+        lora.save(args.out, model, "gpt", tokenizer.name)
         run.finish()
     print(f"{args.out}: {len(batches)} steps" + ("" if val is None else f", {val:.3f} nats a token on held-out documents"))
     return {"val_loss": val, "tokens": seen, "steps": len(batches)}

@@ -16,13 +16,14 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minirlaif import cli, data, ddp, ppo, rewards, rollouts, trainer
+from minirlaif import cli, data, ddp, lora, ppo, rewards, rollouts, trainer
 from minirlaif.cli import UserError
 from minirlaif.heads import RewardModel, ValueModel
 from minirlaif.model import GPT, response_mask, token_logprobs
@@ -61,6 +62,7 @@ class Args:
     min_new_tokens: int | None = cli.arg(None, help="draw each batch's limit from this to --max-new-tokens (no cap then)")
     missing_eos_penalty: float | None = cli.arg(-1.0, help="cap on the score of a response without an end, -3 to 0; inf: off")
     dump_rollouts: int = cli.arg(0, help="responses a step to write, token by token, for evaluate.py tokens, 0-4")
+    lora_rank: int = cli.arg(0, help="rank of an adapter to train instead of the weights (minirlaif/lora.py), 4-64; 0: none")
     seed: int = cli.arg(0, help="decides prompts, samples and minibatches")
     device: str = cli.arg("auto", "auto takes cuda, mps or cpu, the first that is there", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = cli.arg("auto", "bf16 is autocast over fp32 weights; auto measures", choices=["auto", "fp32", "bf16"])
@@ -143,8 +145,8 @@ def ppo_step(models: Models, samples: Samples, args: Args, kl_coef, step, precis
     if step == 0 and parts:  # a wrong reference, dropout, or log-probs of another forward would show here
         part = rollout.select(parts[0])
         with precision:
-            now, _ = token_logprobs(models.policy, part.tokens, part.mask, args.temperature)
-        drift = {"log ratio": (now.detach() - part.logprobs).abs().max().item()}
+            now = token_logprobs(models.policy, part.tokens, part.mask, args.temperature)[0].detach()  # frees its graph
+        drift = {"log ratio": (now - part.logprobs).abs().max().item()}
         drift["KL to the reference"] = 0.0 if args.ref else log_ratio.abs().max().item()
         tolerance = 0.05 if isinstance(precision, torch.autocast) else 1e-5  # on a CPU both are 0
         assert max(drift.values()) <= tolerance, f"before the first update all of these should be 0: {drift}"
@@ -176,7 +178,7 @@ def ppo_step(models: Models, samples: Samples, args: Args, kl_coef, step, precis
 def main(args: Args):
     numbers = ("steps", "batch_size", "minibatch_size", "ppo_epochs", "max_new_tokens", "temperature", "kl_target")
     cli.require_positive(args, *numbers, "kl_horizon", "cliprange", "cliprange_value", "max_approx_kl", "min_new_tokens")
-    cli.require_not_negative(args, "kl_coef", "lr", "value_lr", "dump_rollouts")
+    cli.require_not_negative(args, "kl_coef", "lr", "value_lr", "dump_rollouts", "lora_rank")
     if not 0 <= args.lam <= 1:
         raise UserError(f"--lam {args.lam}: must be in 0-1")
     if args.missing_eos_penalty is not None and math.isnan(args.missing_eos_penalty):
@@ -248,22 +250,31 @@ def main(args: Args):
             progress.set_postfix({name: f"{metrics[f'objective/{name}']:.3f}" for name in ("scores", "kl")}, refresh=False)
             run.end_step(step + 1, make_state)
 
-        trainer.save_model(run.folder, models.policy.config, models.policy.state_dict(), "gpt", tokenizer.name)
+        lora.save(run.folder, models.policy, "gpt", tokenizer.name)
         run.finish()
     print(f"{args.out}: score {metrics['objective/scores']:.3f} at {metrics['objective/kl']:.2f} nats from the reference")
     return metrics
 
 
 def load_models(args, tokenizer, device, dtype_of):
-    """All models and optimizers. The frozen ones are read again on resume; Run checks that their files are the same."""
-    policy = trainer.load_gpt(args.init, device)
-    ref_policy = trainer.load_gpt(args.ref or args.init, device).requires_grad_(False)
-    reward_model = rewards.load(args.reward_model, tokenizer, device, dtype_of)
+    """All models and optimizers. The frozen ones are read again on resume; Run checks that their files are the same.
+
+    With --lora-rank, policy and value model are adapters, and so is the reward model if it was trained as one: all on one base,
+    the reference. (The value model of a reward model that was trained in full is an adapter on that.)
+    """
+    base = trainer.load_gpt(args.init, device).requires_grad_(False)
+    policy = lora.trainable(base, args.lora_rank, trainer.rng(args.seed, "policy adapter"))
+    ref_policy = trainer.load_gpt(args.ref, device).requires_grad_(False) if args.ref else base
+    if args.lora_rank and (Path(args.reward_model) / "adapter.pt").exists():
+        reward_model = lora.load(args.reward_model, base, "reward")
+    else:
+        reward_model = rewards.load(args.reward_model, tokenizer, device, dtype_of)
+    source = base
     if isinstance(reward_model, RewardModel):
         trainer.tokenizer_of(args.init, args.reward_model)
-        value_model = ValueModel(reward_model.requires_grad_(False).eval())
-    else:
-        value_model = ValueModel(policy)
+        source = reward_model.requires_grad_(False).eval()
+    trunk = lora.trainable(getattr(source, "gpt", source), args.lora_rank, trainer.rng(args.seed, "value adapter"))
+    value_model = ValueModel(source, trunk)
     # Adam's eps is 1e-5 in PPO code since the first: it keeps steps small while gradients are
     optimizers = [
         trainer.configure_optimizer(model, lr, weight_decay=0.0, eps=1e-5)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
-from minirlaif import cli, data, ddp, trainer
+from minirlaif import cli, data, ddp, lora, trainer
 from minirlaif.cli import UserError
 from minirlaif.heads import RewardModel
 from minirlaif.losses import kwise_loss, preference_loss
@@ -39,6 +39,7 @@ class Args:
     lr: float = cli.arg(3e-4, help="peak learning rate, 1e-6 (large models) to 5e-4 (tiny ones): warmup, then cosine to a tenth")
     weight_decay: float = cli.arg(0.01, help="AdamW's decay of matrices, 0-0.1")
     max_grad_norm: float = cli.arg(1.0, help="clip the gradient's norm at this")
+    lora_rank: int = cli.arg(0, help="rank of an adapter to train instead of the weights (minirlaif/lora.py), 4-64; 0: none")
     seed: int = cli.arg(0, help="decides the split, the order and the head")
     device: str = cli.arg("auto", "auto takes cuda, mps or cpu, the first that is there", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = cli.arg("auto", "bf16 is autocast over fp32 weights; auto measures", choices=["auto", "fp32", "bf16"])
@@ -68,14 +69,14 @@ class Group:
 
 def main(args: Args):
     cli.require_positive(args, "epochs", "batch_size", "max_grad_norm")
-    cli.require_not_negative(args, "weight_decay", "lr")
+    cli.require_not_negative(args, "weight_decay", "lr", "lora_rank")
     cli.require_share(args, "eval_fraction")
     device = ddp.start(trainer.resolve_device(args.device))
     with trainer.Run(args.out, args, args.resume) as run:
         if run.finished:
             return None
         tokenizer = trainer.tokenizer_of(args.init)
-        gpt = trainer.load_gpt(args.init, device)
+        gpt = lora.trainable(trainer.load_gpt(args.init, device), args.lora_rank, trainer.rng(args.seed, "adapter"))
         model = RewardModel(gpt, generator=trainer.rng(args.seed, "head")).eval()
         optimizer = trainer.configure_optimizer(model, args.lr, args.weight_decay)
         precision = trainer.autocast(device, run.resolve_dtype(device, gpt))
@@ -131,7 +132,7 @@ def main(args: Args):
         metrics = evaluate(model, held_out, tokenizer.eot, precision) | length_heuristics(held_out)
         metrics |= normalise(model, reference, args.normalise_on or "--data", tokenizer.eot, precision)
         run.log(total, **metrics)
-        trainer.save_model(run.folder, gpt.config, model.state_dict(), "reward", tokenizer.name)
+        lora.save(run.folder, model, "reward", tokenizer.name)
         run.finish()
     if not metrics.get("eval/pairs"):
         print(f"{args.out}: trained; no decided pair was held out, so its accuracy was not measured")

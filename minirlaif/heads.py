@@ -59,14 +59,15 @@ class ValueModel(ScalarModel):
     """V(state): the return expected before each response token is chosen.
 
     From a reward model it takes a copy of everything, gain and bias included, so it starts in the reward's units;
-    from a GPT it takes the trunk and starts at 0.
+    from a GPT it takes the trunk and starts at 0. gpt: the trunk, where it shall be no copy (an adapter on the source's).
     """
 
-    def __init__(self, source):
+    def __init__(self, source, gpt=None):
         from_reward = isinstance(source, ScalarModel)
-        super().__init__(copy.deepcopy(source.gpt if from_reward else source), zero_head=True)
-        if from_reward:
-            self.load_state_dict(source.state_dict())
+        super().__init__(gpt or copy.deepcopy(source.gpt if from_reward else source), zero_head=True)
+        if from_reward:  # the trunk has its weights already
+            own = {name: w for name, w in source.state_dict().items() if not name.startswith("gpt.")}
+            self.load_state_dict(own, strict=False)
         self.requires_grad_(True)  # the source may have been frozen
 
     def forward(self, tokens, mask):

@@ -325,7 +325,13 @@ def _hashes(asked):
     values = [v for name, value in asked.items() if name != "out" for v in (value if isinstance(value, list) else [value])]
     names = {v: re.sub(r"^(judge:|\w+=)|\+preamble$|,.*", "", v) for v in values if isinstance(v, str) and v}
     files = {v: _model_file(name) for v, name in names.items() if name}
-    return {v: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for v, file in files.items() if file.is_file()}
+    return {v: _digest(file, file.with_name("adapter.pt")) for v, file in files.items() if file.is_file()}
+
+
+def _digest(file, adapter):
+    """Of a model.pt with an adapter beside it, the hash of both: either may be what a run reads."""
+    both = file.name == "model.pt" and adapter.exists()
+    return hashlib.sha256(file.read_bytes() + (adapter.read_bytes() if both else b"")).hexdigest()[:16]
 
 
 def _check_same_inputs(out, stored):
