@@ -13,6 +13,7 @@ import distill
 import pretrain
 import train_ppo
 import train_rm
+from bench import memory
 from minirlaif import cli, lora, ppo, trainer
 from minirlaif.cli import UserError
 from minirlaif.heads import RewardModel, ValueModel
@@ -459,3 +460,10 @@ def test_resume_reads_the_reward_adapter_that_it_began_with(runs, tmp_path, monk
     torch.save(content, rm / "adapter.pt")
     with pytest.raises(UserError, match="rm has changed since this run began"):
         train_ppo.main(replace(args, resume=True))
+
+
+def test_the_bench_of_memory_runs(capsys):
+    (found,) = memory.main(memory.Args(quick=True, threads=1))
+    full, adapters = found["full"]["trainable"], found["lora"]["trainable"]
+    assert 0 < adapters < 0.1 * full and found["lora"]["peak"] > 0 and found["share"] < 1
+    assert "| the demo's, 4 x 128 | fp32 |" in capsys.readouterr().out
