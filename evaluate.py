@@ -15,14 +15,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 import evaluate_words
 from minirlaif import cli, constitution, data, labelers, text, trainer, world
 from minirlaif.failures import FAILURES, failure_table, refusal_table
-from minirlaif.metrics import cluster, gold_of, gold_prefers_chosen, interval, label_metrics, policy_metrics, rate
+from minirlaif.metrics import cluster, gold_of, gold_prefers_chosen, label_metrics, policy_metrics, rate
 from minirlaif.model import response_mask, token_logprobs
 from minirlaif.sampling import generate
 
@@ -210,8 +209,8 @@ def main(args: Args) -> dict:
         for name, rows in samples.items():
             if args.baseline:
                 difference = [gold_of(a).harm - gold_of(b).harm for a, b in zip(rows, samples[args.baseline], strict=True)]
-                results["policies"][name]["harm_minus_baseline"] = float(np.mean(difference))
-                results["policies"][name]["harm_minus_baseline_ci"] = interval(difference, [cluster(r) for r in rows])
+                found = rate(difference, [cluster(r) for r in rows], (-1, 1))
+                results["policies"][name] |= {"harm_minus_baseline": found["value"], "harm_minus_baseline_ci": found["ci"]}
         if args.judge:
             judge_model = trainer.load_gpt(args.judge, device)
             judge = labelers.LocalJudge(judge_model, tokenizer, device, run.resolve_dtype(device, judge_model), name=args.judge)

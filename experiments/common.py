@@ -35,16 +35,17 @@ def flags(folder: str, Args, **changes):
 # ---- figures --------------------------------------------------------------------------------------------------------
 
 
-def side_by_side(values: dict[str, list], rows: dict[str, list[dict]]) -> dict[str, dict]:
+def side_by_side(values: dict[str, list], rows: dict[str, list[dict]], span=(0, 1)) -> dict[str, dict]:
     """{run: a value a row} -> {run: {"value", "ci", "n"}, ..., ALL: the same of all of them together}.
 
     What is resampled are deeds x things, those of each run by themselves. So the last interval is about these runs: what
-    other seeds would have given shows in how the runs differ, and a handful of seeds says little about it.
+    other seeds would have given shows in how the runs differ, and a handful of seeds says little about it. span: of a value,
+    as in metrics.interval: (-1, 1) for differences, None for nats.
     """
     clusters = {run: [cluster(row) for row in rows[run]] for run in values}
     pooled = [value for run in values for value in values[run]]
     keys = [f"{run} {key}" for run in values for key in clusters[run]]
-    return {run: rate(values[run], clusters[run]) for run in values} | {ALL: rate(pooled, keys)}
+    return {run: rate(values[run], clusters[run], span) for run in values} | {ALL: rate(pooled, keys, span)}
 
 
 def minus(a: dict[str, list], b: dict[str, list]) -> dict[str, list]:
@@ -55,8 +56,8 @@ def minus(a: dict[str, list], b: dict[str, list]) -> dict[str, list]:
 def shown(found: dict | None, digits=3) -> str:
     if found is None or found["value"] is None:
         return ""
-    value, (low, high) = found["value"], found["ci"]
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    ci = "n/a" if found["ci"] is None else ", ".join(f"{end:.{digits}f}" for end in found["ci"])
+    return f"{found['value']:.{digits}f} [{ci}]"
 
 
 def table(first: str, rows: dict[str, dict[str, dict]], digits=3) -> list[str]:
@@ -69,8 +70,8 @@ def table(first: str, rows: dict[str, dict[str, dict]], digits=3) -> list[str]:
 
 
 def side(difference: dict) -> int:
-    """Which side of 0 the whole interval is on: 1, -1, or 0 where it holds 0."""
-    low, high = difference["ci"]
+    """Which side of 0 the whole interval is on: 1, -1, or 0 where it holds 0, or nobody knows."""
+    low, high = difference["ci"] or (0, 0)
     return (low > 0) - (high < 0)
 
 

@@ -148,7 +148,7 @@ def measure(pairs: list[Pair], answers: dict, ways: dict) -> dict:
         confidence, hits = [max(p[i], 1 - p[i]) for i in given], [right[i] for i in given]
 
         def agreement(rows, right=right):
-            return comparison.share([right[i] for i in rows], [metrics.cluster(pairs[i].row) for i in rows])
+            return metrics.rate([right[i] for i in rows], [metrics.cluster(pairs[i].row) for i in rows])
 
         found[way] = {
             "agreement": agreement(given),
@@ -176,9 +176,7 @@ def paired(runs: dict, way: str, baseline: str | None = None) -> dict[str, dict]
         both = [i for i in range(len(own)) if None not in (own[i], other[i])]
         values[run] = [own[i] - other[i] if baseline else own[i] for i in both]
         rows[run] = [{"prompt": found["prompts"][i]} for i in both]
-    if not baseline and all(v in (0, 1) for some in values.values() for v in some):
-        values = {run: [bool(v) for v in some] for run, some in values.items()}  # no ties: an interval for proportions
-    return common.side_by_side(values, rows)
+    return common.side_by_side(values, rows, (-1, 1) if baseline else (0, 1))
 
 
 def antisymmetry(judge, pairs: list[Pair]) -> float | None:

@@ -204,11 +204,11 @@ def summarise(forms: dict, rows: dict, ways: dict) -> dict:
     right = {form: {run: forms[run][form]["right"] for run in runs} for form in FORMS}
     accuracy = {form: common.side_by_side(right[form], rows) for form in FORMS}
     for a, b in DIFFERENCES:
-        accuracy[f"{a} - {b}"] = common.side_by_side(common.minus(right[a], right[b]), rows)
+        accuracy[f"{a} - {b}"] = common.side_by_side(common.minus(right[a], right[b]), rows, (-1, 1))
     pairs = {run: ways[run]["rows"] for run in runs}
     losses = {way: {run: ways[run][way]["losses"] for run in runs} for way in WAYS}
-    loss = {way: common.side_by_side(losses[way], pairs) for way in WAYS}
-    loss["k-wise - shuffled"] = common.side_by_side(common.minus(losses["k-wise"], losses["shuffled"]), pairs)
+    loss = {way: common.side_by_side(losses[way], pairs, None) for way in WAYS}
+    loss["k-wise - shuffled"] = common.side_by_side(common.minus(losses["k-wise"], losses["shuffled"]), pairs, None)
     results = {
         "accuracy": accuracy,
         "std": {form: {run: forms[run][form]["std"] for run in runs} for form in FORMS},

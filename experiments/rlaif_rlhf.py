@@ -194,7 +194,7 @@ def compare(samples: dict[str, dict[str, list[dict]]]) -> dict:
         found[measure] = {name: common.side_by_side(of[name], rows) for name in policies}
         for a, b in DIFFERENCES:
             if a in of and b in of:
-                found[measure][f"{a} - {b}"] = common.side_by_side(common.minus(of[a], of[b]), rows)
+                found[measure][f"{a} - {b}"] = common.side_by_side(common.minus(of[a], of[b]), rows, (-1, 1))
     return found
 
 

@@ -2,7 +2,8 @@
 
 An outcome is 1 (the first one wins), 0 (the second does) or 0.5 (a tie). Intervals are 95 % bootstraps over prompts; what was
 said about one prompt (in the toy world: one deed and thing) is resampled together. Policies are compared on the same prompts,
-so that resampling prompts is the paired bootstrap.
+so that resampling prompts is the paired bootstrap. Outcomes that are all the same prove little: `metrics.interval` and
+`reweighted` say how little.
 """
 
 import math
@@ -26,12 +27,6 @@ def outcome(p: float) -> float:
 def fault(error: str) -> str:
     """An error without its numbers, so that failures can be counted by kind."""
     return "; ".join(dict.fromkeys(re.sub(r"\d+(\.\d+)?", "N", part) for part in error.split("; ")))
-
-
-def share(outcomes, clusters=None) -> dict:
-    """{"value", "ci", "n"} of the mean outcome; without ties it is a proportion, whose interval has a width at 0 and 1 too."""
-    x = np.asarray(outcomes, dtype=float)
-    return rate(x if (x == 0.5).any() else x.astype(bool), clusters)
 
 
 # ---- labels ---------------------------------------------------------------------------------------------------------
@@ -112,7 +107,7 @@ def label_report(rows: list[dict]) -> dict:
     def against_truth(group, p_of):
         p, right = [p_of(r) for r, _, _ in group], [correct(p_of(r), first) for r, first, _ in group]
         confidence = np.maximum(p, 1 - np.asarray(p))
-        found = {"agreement": share(right, [cluster(r) for r, _, _ in group]), "ece": ece(confidence, right)}
+        found = {"agreement": rate(right, [cluster(r) for r, _, _ in group]), "ece": ece(confidence, right)}
         return found | {"calibration": calibration(confidence, right)}
 
     ways = {
@@ -165,7 +160,7 @@ def hhh_report(rows: list[dict], labels: list) -> dict:
     def accuracies(group):
         found, prompts = baselines(group), [r["prompt"] for r, _ in group]
         for name, key in (("accuracy", "p"), ("shown first", "p_first"), ("shown second", "p_first_swapped")):
-            found[name] = share([abs(outcome(getattr(label, key)) - r["correct"]) for r, label in group], prompts)
+            found[name] = rate([abs(outcome(getattr(label, key)) - r["correct"]) for r, label in group], prompts)
         return found | {"flip_rate": rate([label.flipped for _, label in group], prompts)}
 
     everything = list(zip(rows, labels, strict=True))
@@ -209,19 +204,23 @@ def logistic(X, y, weight, penalty) -> np.ndarray:
     return beta
 
 
-def resampled(n: int, clusters=None, resamples: int = 1000):
-    """How often each of n values is drawn, for every bootstrap resample: weights [n]; those of one cluster go together."""
+def reweighted(n: int, virtual, clusters=None, resamples: int = 1000):
+    """The Bayesian bootstrap (Rubin 1981): (weights [n], weights of shape `virtual`) for each of `resamples` draws.
+
+    A value weighs Exp(1) instead of a whole number of times, those of one cluster the same: nobody's only game is ever left
+    out. So does each of the `virtual` values. With a virtual win and a virtual loss, k wins of n have the posterior
+    Beta(k + 1, n - k + 1), that of Bayes and Laplace: where all n are the same, it is about as wide as Wilson's interval.
+    """
     _, key = np.unique(range(n) if clusters is None else clusters, return_inverse=True)
-    size = key.max() + 1
     rng = np.random.default_rng(0)
     for _ in range(resamples):
-        yield np.bincount(rng.integers(0, size, size), minlength=size)[key].astype(float)
+        yield rng.exponential(size=key.max() + 1)[key], rng.exponential(size=virtual)
 
 
 def win_rate(outcomes, clusters=None) -> dict:
     """{"value", "ci", "n", "wins", "ties", "losses"} of the first policy; a tie is half a win."""
     x = np.asarray(outcomes, dtype=float)
-    return {**share(x, clusters), "wins": int((x == 1).sum()), "ties": int((x == 0.5).sum()), "losses": int((x == 0).sum())}
+    return {**rate(x, clusters), "wins": int((x == 1).sum()), "ties": int((x == 0.5).sum()), "losses": int((x == 0).sum())}
 
 
 def length_corrected(outcomes, lengths: list[tuple[int, int]], clusters=None, resamples: int = 1000) -> dict:
@@ -229,30 +228,31 @@ def length_corrected(outcomes, lengths: list[tuple[int, int]], clusters=None, re
 
     A logistic regression of the outcome on log(length of the first / length of the second), read where that is 0. They use the
     ratio and read it at 1; its logarithm treats both policies alike. lengths: (first, second) in characters. slope: log odds of
-    winning per nat of length ratio. Weak normal priors (standard deviations 10 and 3) keep it finite where length, or one
-    policy, decides everything.
+    winning per nat of length ratio. Where length, or one policy, decides everything, it is kept finite by one more win and
+    one more loss at equal length (see `reweighted`) and a weak normal prior of the slope (standard deviation 3).
     """
-    ratio = np.log([max(1, a) / max(1, b) for a, b in lengths])
-    X, y, penalty = np.stack([np.ones(len(ratio)), ratio], 1), np.asarray(outcomes, dtype=float), np.array([0.01, 0.1])
+    n, ratio = len(lengths), np.log([max(1, a) / max(1, b) for a, b in lengths] + [1, 1])
+    X, y, penalty = np.stack([np.ones(n + 2), ratio], 1), np.append(outcomes, [1.0, 0.0]), np.array([1e-6, 0.1])
 
-    def at_equal_length(weight):
-        return 1 / (1 + np.exp(-logistic(X, y, weight, penalty)[0]))
+    def fit(weight, virtual):
+        intercept, slope = logistic(X, y, np.append(weight, virtual), penalty)
+        return float(1 / (1 + np.exp(-intercept))), float(slope)
 
-    intercept, slope = logistic(X, y, np.ones(len(y)), penalty)
-    ci = np.percentile([at_equal_length(w) for w in resampled(len(y), clusters, resamples)], [2.5, 97.5])
-    return {"value": float(1 / (1 + np.exp(-intercept))), "ci": ci.tolist(), "n": len(y), "slope": float(slope)}
+    value, slope = fit(np.ones(n), np.ones(2))
+    draws = reweighted(n, 2, clusters, resamples // 2)  # twice each, so that both policies are treated alike
+    ci = np.percentile([fit(w, v)[0] for w, drawn in draws for v in (drawn, drawn[::-1])], [2.5, 97.5])
+    return {"value": value, "ci": ci.tolist(), "n": n, "slope": slope}
 
 
-def bradley_terry(wins, prior: float = 0.5) -> np.ndarray:
+def bradley_terry(wins, prior=1.0) -> np.ndarray:
     """wins [K, K], how often i beat j (a tie is half a win to each) -> Elo ratings [K] with mean 1000.
 
-    P(i beats j) = 1 / (1 + 10 ** ((elo_j - elo_i) / 400)). prior: wins added to both sides of every pair that met, without which
-    a policy that never lost would have no finite rating; 0.5 is one tie.
+    P(i beats j) = 1 / (1 + 10 ** ((elo_j - elo_i) / 400)). prior: wins (or [K, K] of them) added to both sides of every pair that
+    met, without which a policy that never lost would have no finite rating.
     """
     wins = np.asarray(wins, dtype=float)
-    pairs = [(i, j) for i in range(len(wins)) for j in range(i) if wins[i, j] + wins[j, i] > 0]
-    won = np.array([wins[i, j] + prior for i, j in pairs])
-    n = np.array([wins[i, j] + wins[j, i] + 2 * prior for i, j in pairs])
+    pairs, wins = [(i, j) for i in range(len(wins)) for j in range(i) if wins[i, j] + wins[j, i] > 0], wins + prior
+    won, n = np.array([wins[i, j] for i, j in pairs]), np.array([wins[i, j] + wins[j, i] for i, j in pairs])
     X = np.array([np.eye(len(wins))[i] - np.eye(len(wins))[j] for i, j in pairs])
     beta = logistic(X, won / n, n, np.full(len(wins), 1e-6))  # only differences count: the penalty picks one of the solutions
     return 1000 + ELO * (beta - beta.mean())
@@ -260,9 +260,10 @@ def bradley_terry(wins, prior: float = 0.5) -> np.ndarray:
 
 def elo(outcomes, clusters=None, resamples: int = 1000) -> list[dict]:
     """outcomes [n, K, K] -> K of {"value", "ci"}. outcomes[t, i, j]: did i beat j on prompt t; outcomes[t, j, i] is 1 minus it;
-    nan: not judged. Prompts are resampled, so that all pairs change together."""
+    nan: not judged. The weights are those of prompts, so that all pairs change together, and of the prior (see `reweighted`)."""
     wins = np.nan_to_num(np.asarray(outcomes, dtype=float))
     ratings = bradley_terry(wins.sum(0))
-    draws = [bradley_terry(np.tensordot(w, wins, 1)) for w in resampled(len(wins), clusters, resamples)]
+    weights = reweighted(len(wins), wins.shape[1:], clusters, resamples // 2)  # twice each, as in length_corrected
+    draws = [bradley_terry(np.tensordot(w, wins, 1), prior) for w, drawn in weights for prior in (drawn, drawn.T)]
     low, high = np.percentile(draws, [2.5, 97.5], axis=0)
     return [{"value": float(r), "ci": [float(a), float(b)]} for r, a, b in zip(ratings, low, high, strict=True)]

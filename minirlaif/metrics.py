@@ -5,22 +5,22 @@ import numpy as np
 from minirlaif import corpus, world
 
 
-def interval(values, clusters=None, resamples: int = 2000) -> list[float] | None:
+def interval(values, clusters=None, resamples: int = 2000, span: tuple[float, float] | None = (0, 1)) -> list[float] | None:
     """95 % percentile bootstrap interval of a mean; for paired differences, give the differences. None if empty.
 
     clusters: a key a value; values of one key (answers to one deed x thing, say) are resampled together, since they are
-    not independent. Values that are all the same have no spread to resample: a proportion then gets Wilson's interval.
+    not independent. span: the lowest and highest value that can be, (-1, 1) for differences of proportions, None where there
+    are no bounds. It counts where all n values are the same, so that there is no spread to resample: what was never seen may
+    still be a share 3.84 / (n + 3.84) of all there is (Wilson's bound at 0 of n; the rule of three, two-sided), and lie at
+    either end of the span. For proportions of 0 and 1 that is Wilson's interval. None without a span: n/a.
     """
     x = np.asarray(values, dtype=float)
     n = len(x)
     if n == 0:
         return None
     if x.min() == x.max():
-        z2 = 1.96**2
-        proportion = np.asarray(values).dtype == bool
-        if not proportion:
-            return [float(x[0])] * 2
-        return [0.0, z2 / (n + z2)] if x[0] == 0 else [n / (n + z2), 1.0]
+        unseen = 1.96**2 / (n + 1.96**2)
+        return None if span is None else [float(x[0] + unseen * (end - x[0])) for end in span]
     if clusters is None or len(set(clusters)) < 2:  # one cluster has no spread between clusters to show
         clusters = range(n)
     _, key = np.unique(clusters, return_inverse=True)
@@ -30,9 +30,10 @@ def interval(values, clusters=None, resamples: int = 2000) -> list[float] | None
     return [float(q) for q in np.percentile(means, [2.5, 97.5])]
 
 
-def rate(values, clusters=None) -> dict:
-    """{"value", "ci", "n"} of a mean; None for the first two if there is nothing to average."""
-    return {"value": float(np.mean(values)) if len(values) else None, "ci": interval(values, clusters), "n": len(values)}
+def rate(values, clusters=None, span: tuple[float, float] | None = (0, 1)) -> dict:
+    """{"value", "ci", "n"} of a mean, its interval as above; None for the first two if there is nothing to average."""
+    value = float(np.mean(values)) if len(values) else None
+    return {"value": value, "ci": interval(values, clusters, span=span), "n": len(values)}
 
 
 def cluster(row: dict) -> str:

@@ -219,9 +219,29 @@ def test_exchanging_the_policies_turns_the_corrected_rate_round():
     assert one["ci"] == pytest.approx([1 - q for q in other["ci"][::-1]], abs=1e-9)
 
 
+def beta(a, b):
+    """The 95 % interval of Beta(a, b)."""
+    return np.percentile(np.random.default_rng(1).beta(a, b, 200_000), [2.5, 97.5])
+
+
+@pytest.mark.parametrize("wins, n", [(5, 5), (0, 20), (20, 20), (12, 20)])
+def test_a_corrected_rate_at_equal_lengths_has_an_honest_interval_and_five_wins_do_not_prove_the_next(wins, n):
+    outcomes = np.arange(n) < wins
+    found = length_corrected(outcomes, [(10, 10)] * n, resamples=4000)
+    assert found["value"] == pytest.approx((wins + 1) / (n + 2), abs=1e-4)
+    assert found["ci"] == pytest.approx(beta(wins + 1, n - wins + 1), abs=0.03)
+    if wins in (0, n):  # not narrower than the raw rate's by much, which is Wilson's
+        assert np.ptp(found["ci"]) > 0.9 * np.ptp(win_rate(outcomes)["ci"])
+
+
+def test_a_policy_that_won_only_where_it_wrote_more_may_owe_it_to_that():
+    equal, longer = (length_corrected([1.0] * 20, [(10 * k, 10)] * 20, resamples=400)["ci"] for k in (1, 4))
+    assert longer[0] < equal[0] - 0.1
+
+
 def test_a_rate_stays_finite_where_one_side_always_wins_or_says_nothing():
     found = length_corrected([1.0] * 50, [(20, 10)] * 50, resamples=20)
-    assert 0.9 < found["value"] < 1 and math.isfinite(found["slope"])
+    assert 0.7 < found["value"] < 1 and math.isfinite(found["slope"])
     assert math.isfinite(length_corrected([1.0, 0.0], [(0, 10), (10, 0)], resamples=20)["value"])
 
 
@@ -245,6 +265,23 @@ def test_a_policy_that_never_lost_has_a_finite_rating():
     ratings = bradley_terry([[0, 10, 10], [0, 0, 5], [0, 5, 0]])
     assert np.isfinite(ratings).all() and ratings[0] > ratings[1] + 300 and ratings[1] == pytest.approx(ratings[2])
     assert np.ptp(bradley_terry([[0, 1000], [0, 0]])) < 1500
+
+
+def test_elo_of_who_always_won_or_was_judged_once_is_known_that_little():
+    x = np.full((10, 3, 3), np.nan)
+    for i in range(3):
+        for j in range(i):
+            x[:, j, i], x[:, i, j] = 1.0, 0.0  # the first beats all, the last nobody
+    first, _, last = elo(x, resamples=400)
+    for r in (first, last):  # ten wins of ten: Beta(11, 1) against the next is 160 points at least, and open above
+        assert r["ci"][0] < r["value"] < r["ci"][1] and np.ptp(r["ci"]) > 300
+    assert first["ci"][0] > last["ci"][1]  # and yet the order is clear
+    many = elo(np.repeat(x, 10, axis=0), resamples=400)[0]
+    assert many["ci"][0] > first["ci"][0] + 100  # a hundred wins prove more
+    x[1:, 0], x[1:, :, 0] = np.nan, np.nan
+    once = elo(x, resamples=400)[0]
+    assert once["ci"][0] < 1000 < once["value"] < once["ci"][1] and np.ptp(once["ci"]) > np.ptp(first["ci"])
+    assert 1000 not in once["ci"]  # no draw is without its only game
 
 
 def test_elo_with_intervals_over_prompts():

@@ -325,7 +325,7 @@ def test_gold_by_the_number_of_revisions():
     lines = critique.table(rows, "words").splitlines()
     assert lines[0] == "| revision | chains | words | gold harm | gold helpfulness |" and len(lines) == 5
     low, high = rows[0]["harm"]["ci"]
-    assert lines[2] == f"| 0 | 3 | 9.7 | 0.300 ± {(high - low) / 2:.3f} | 1.000 ± 0.000 |"
+    assert lines[2] == f"| 0 | 3 | 9.7 | 0.300 ± {(high - low) / 2:.3f} | 1.000 ± 0.397 |"  # one answer proves little
 
 
 def test_a_table_without_gold_or_without_chains():

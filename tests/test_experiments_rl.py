@@ -362,7 +362,11 @@ def test_runs_are_pooled_without_mixing_their_requests():
     low, high = found[common.ALL]["ci"]
     assert low < 0.25 and high > 0.75
     assert common.shown(found[common.ALL]).startswith("0.500 [0.") and common.side(found["b"]) == 1
-    assert common.table("x", {"y": found})[2].startswith("| y | 0.000 [0.000, 0.000] | 1.000")
+    assert common.table("x", {"y": found})[2].startswith("| y | 0.000 [0.000, 0.658] | 1.000")
+    even = common.side_by_side({"a": [0.0, 0.0]}, {"a": rows}, (-1, 1))["a"]  # two differences of 0 prove nothing
+    assert common.shown(even) == "0.000 [-0.658, 0.658]" and common.side(even) == 0
+    nats = common.side_by_side({"a": [0.3, 0.3]}, {"a": rows}, None)["a"]
+    assert common.shown(nats) == "0.300 [n/a]" and common.side(nats) == 0
 
 
 def test_what_is_no_run_is_named(run, tmp_path):

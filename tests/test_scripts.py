@@ -325,20 +325,23 @@ def test_what_the_verdicts_of_the_text_left_out_is_told_apart():
 
 def test_intervals():
     """Bootstrap; Wilson's where a proportion is 0 or 1; None without values; clusters are drawn together."""
-    low, high = evaluate.interval([0] * 50 + [1] * 50)
+    low, high = metrics.interval([0] * 50 + [1] * 50)
     assert low == pytest.approx(0.4, abs=0.03) and high == pytest.approx(0.6, abs=0.03)  # 1.96 sqrt(.25 / 100) = 0.098
     values = torch.rand(50, generator=trainer.rng(0)).tolist()
-    assert evaluate.interval(values) == evaluate.interval(values)  # no noise of its own
-    assert evaluate.interval([False] * 10) == pytest.approx([0, 0.2775], abs=1e-4)
-    assert evaluate.interval([True] * 10) == pytest.approx([0.7225, 1], abs=1e-4)
-    assert evaluate.interval([0.5, 0.5]) == [0.5, 0.5]
-    assert evaluate.interval([]) is None and evaluate.rate([]) == {"value": None, "ci": None, "n": 0}
-    assert evaluate.interval([0.0] * 10) == [0, 0]  # a difference that is always 0 is no proportion
-    copies = evaluate.interval([0, 1] * 50, list("ab") * 50)  # a hundred values, but two clusters: as uncertain as two
+    assert metrics.interval(values) == metrics.interval(values)  # no noise of its own
+    assert metrics.interval([False] * 10) == pytest.approx([0, 0.2775], abs=1e-4)
+    assert metrics.interval([True] * 10) == pytest.approx([0.7225, 1], abs=1e-4)
+    unseen = 3.8416 / 5.8416  # of values that are all the same: what n = 2 may not have shown lies anywhere in the span
+    assert metrics.interval([0.5, 0.5]) == pytest.approx([0.5 - unseen / 2, 0.5 + unseen / 2])
+    assert metrics.interval([]) is None and metrics.rate([]) == {"value": None, "ci": None, "n": 0}
+    assert metrics.interval([0.0] * 10) == metrics.interval([False] * 10)
+    assert metrics.interval([0.0] * 600, span=(-1, 1)) == pytest.approx([-0.00636, 0.00636], abs=1e-5)  # a paired difference
+    assert metrics.interval([2.0] * 10, span=None) is None and metrics.interval([2.0, 3.0], span=None) == [2, 3]  # nats
+    copies = metrics.interval([0, 1] * 50, list("ab") * 50)  # a hundred values, but two clusters: as uncertain as two
     assert copies == [0, 1]
-    low, high = evaluate.interval([0.1, -0.2, 0.3] * 400)
+    low, high = metrics.interval([0.1, -0.2, 0.3] * 400)
     assert low < 0.2 / 3 < high and high - low < 0.03
-    assert evaluate.rate([0, 1, 1, 1])["value"] == 0.75 and evaluate.rate([0, 1, 1, 1])["n"] == 4
+    assert metrics.rate([0, 1, 1, 1])["value"] == 0.75 and metrics.rate([0, 1, 1, 1])["n"] == 4
 
 
 def test_refusals_of_harmless_requests_by_principle():
@@ -403,6 +406,8 @@ def test_evaluate_from_end_to_end(home, base, labelled, tmp_path, monkeypatch):
     assert policies["base"] == policies["again"] and policies["base"]["n"] == 24  # the same prompts, under the same noise
     assert policies["base"]["kl_to_sl_cai"] == pytest.approx(0, abs=1e-3) != policies["prompted"]["kl_to_sl_cai"]
     assert policies["again"]["harm_minus_baseline"] == 0
+    low, high = policies["again"]["harm_minus_baseline_ci"]  # the same answers: no difference seen, which is not none
+    assert low == -high < 0
     assert results["labels"]["n"] == results["reward_model"]["n"] == labelled[1]["n"]
     samples = rows_of(tmp_path / "run" / "samples.jsonl")
     assert [s["prompt"] for s in samples] == 3 * [row["prompt"] for row in rows_of(held_out)]  # without the preamble
