@@ -153,6 +153,10 @@ def read_labels(path: str, on_bad_row: str) -> list[dict]:
             p = row.get(key)
             if p is not None and not (type(p) in (int, float) and low <= p <= 1):
                 raise data.BadRow(f"'{key}' should be null or in [{low}, 1]", f", not {p!r}")
+        each = row.get("each") or []  # what several judges said
+        pairs = each if isinstance(each, list) and all(isinstance(x, list) and len(x) == 2 for x in each) else [[None]]
+        if not all(type(p) in (int, float) and 0 <= p <= 1 for x in pairs for p in x):
+            raise data.BadRow("'each' should hold pairs of numbers in [0, 1]")
         return row
 
     return data.read_jsonl(path, {"prompt": str, "chosen": str, "rejected": str}, on_bad_row, check)
@@ -186,6 +190,7 @@ def label_lines(r: dict) -> dict:
         "flips that chose the first": cell(r["flips_to_first"]),
         "ties": cell(r["tie"]),
         "failed": cell(r["failed"]),
+        "failed in part": cell(r["partly_failed"]),
         "errors": listed(r["errors"]),
         "tokens, prompt + completion": f"{r['prompt_tokens']} + {r['completion_tokens']}",
         "labels a second": number(r["labels_per_second"], 1),

@@ -209,6 +209,7 @@ def record(pair: Pair, labels: list[Label], judge: str, on_failure: str = "drop"
         source="+".join(sorted({sources[k] for k in (pair.i, pair.j)} - {"policy"})) or "policy",
         p_first=mean([label.p_first for label in good]),
         p_first_swapped=mean([label.p_first_swapped for label in good]),
+        **({"each": [[round(x.p_first, 6), round(x.p_first_swapped, 6)] for x in good]} if len(labels) > 1 else {}),
         disagreement=round(statistics.pstdev([label.p for label in good]), 6) if good else None,
         first_is_chosen=first_is_chosen,
         is_random=is_random,

@@ -13,7 +13,7 @@ from collections import Counter
 import numpy as np
 
 from minirlaif import world
-from minirlaif.metrics import cluster, gold_prefers_chosen, rate
+from minirlaif.metrics import answers, cluster, flipped, gold_prefers_chosen, rate
 
 GOLD_KNOWS = {*world.KINDS, "harm", "evasion", "helpfulness", "honesty"}  # names of principles that the toy world can decide
 ELO = 400 / math.log(10)  # Elo points a nat of log odds
@@ -77,17 +77,19 @@ def truth(row: dict) -> tuple[float, str] | None:
 def label_report(rows: list[dict]) -> dict:
     """What a preference file is worth (rows of preferences.jsonl, including those without a label).
 
-    Of all rows: the shares "tie", "failed" and "random", the commonest "errors", tokens and cost (a failed answer is paid for,
-    too). Of the rows that were judged, neither failed nor random: "agreement" with people or gold (see `truth`; a tie is half
-    right), overall and "by_principle"; "ece" and "calibration" of p_chosen; "orders", the same for either order alone, and for
-    the mean of their probabilities and of their logits; "flip_rate", how often one position won in both orders, and
-    "flips_to_first", how often that was the position shown first.
+    Of all rows: the shares "tie", "failed" (nobody answered, whether a coin was flipped instead or not), "random" (it was) and
+    "partly_failed" (some of several judges or principles gave no answer), the commonest "errors", tokens and cost (a failed
+    answer is paid for, too), which the "labels", those that did not fail, share in "cost_per_label". Of the labels: "agreement"
+    with people or gold (see `truth`; a tie is half right), overall and "by_principle"; "ece" and "calibration" of p_chosen;
+    "flip_rate", how often one position won in both orders, in the answers of each judge and under each principle (see
+    metrics.answers), and "flips_to_first", how often that was the position shown first.
+    "orders": agreement and calibration of either order alone, and of the mean of their probabilities and of their logits.
     """
     random = [bool(r.get("is_random")) for r in rows]
-    failed = [r.get("p_chosen") is None for r in rows]
-    judged = [r for r, x, y in zip(rows, random, failed, strict=True) if not (x or y)]
+    failed = [x or r.get("p_chosen") is None or r.get("status") == "failed" for r, x in zip(rows, random, strict=True)]
+    judged = [r for r, x in zip(rows, failed, strict=True) if not x]
     clusters = [cluster(r) for r in rows]
-    cost, labels = sum(r.get("cost") or 0 for r in rows), len(rows) - sum(failed)
+    cost = sum(r.get("cost") or 0 for r in rows)
 
     known = [(r, *found) for r in judged if (found := truth(r))]
 
@@ -116,30 +118,29 @@ def label_report(rows: list[dict]) -> dict:
         "mean probability": lambda r: (r["p_first"] + r["p_first_swapped"]) / 2,
         "mean logit": logit_mean,
     }
-    both = [r for r in judged if has_orders(r)]
-    flips = [(r["p_first"] - 0.5) * (r["p_first_swapped"] - 0.5) < 0 for r in both]
-    flipped = [r for r, flip in zip(both, flips, strict=True) if flip]
+    both = [(flipped(p, q), p > 0.5, cluster(r)) for r in judged for p, q in answers(r)]
     ordered = [x for x in known if has_orders(x[0])]
     names = sorted({r.get("principle_name") or "" for r, _, _ in known} - {""})
     return {
         "n": len(rows),
-        "labels": labels,
+        "labels": len(judged),
         "truth": dict(Counter(who for _, _, who in known)),
         **against_truth(known, p_label),
         "by_principle": {
             name: against_truth([x for x in known if x[0].get("principle_name") == name], p_label)["agreement"] for name in names
         },
         "orders": {name: against_truth(ordered, p_of) for name, p_of in ways.items()} if ordered else {},
-        "flip_rate": rate(flips, [cluster(r) for r in both]),
-        "flips_to_first": rate([r["p_first"] > 0.5 for r in flipped], [cluster(r) for r in flipped]),
+        "flip_rate": rate([flip for flip, _, _ in both], [key for _, _, key in both]),
+        "flips_to_first": rate([first for flip, first, _ in both if flip], [key for flip, _, key in both if flip]),
         "tie": rate([r.get("p_chosen") == 0.5 for r in rows], clusters),
         "failed": rate(failed, clusters),
+        "partly_failed": rate([bool(r.get("error")) and not x for r, x in zip(rows, failed, strict=True)], clusters),
         "random": rate(random, clusters),
         "errors": dict(Counter(fault(r["error"]) for r in rows if r.get("error")).most_common(5)),
         "prompt_tokens": sum(r.get("prompt_tokens") or 0 for r in rows),
         "completion_tokens": sum(r.get("completion_tokens") or 0 for r in rows),
         "cost": cost,
-        "cost_per_label": cost / labels if labels else None,
+        "cost_per_label": cost / len(judged) if judged else None,
     }
 
 

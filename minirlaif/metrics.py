@@ -97,18 +97,31 @@ def by_logit(row: dict) -> bool:
     return p * q > (1 - p) * (1 - q)
 
 
+def answers(row: dict) -> list[tuple[float, float]]:
+    """P(response 1 is better), shown first and shown second, by each judge and under each principle of a label; only the mean
+    of them, which hides their own flips, where the row does not hold `each`."""
+    pairs = row.get("each") or [(row.get("p_first"), row.get("p_first_swapped"))]
+    return [(p, q) for p, q in pairs if p is not None and q is not None]
+
+
+def flipped(p: float, q: float) -> bool:
+    """One of `answers`: did the same position win in both orders? With a tie in one of them it did not (Label.flipped)."""
+    return (p - 0.5) * (q - 0.5) < 0
+
+
 def label_metrics(rows: list[dict]) -> dict:
     """Agreement of labels with gold: on the question that the principle asks, by principle, and on less harm in all.
 
-    Where gold cannot rank, or the label is a tie, there is nothing to agree on: such rows count in `n` only.
+    Where gold cannot rank, or the label is a tie or a coin, there is nothing to agree on: such rows count in `n` only.
     """
-    rows_ = [r for r in rows if r["p_chosen"] > 0.5]
+    rows_ = [r for r in rows if r["p_chosen"] > 0.5 and not r.get("is_random")]
     asked = [(r, a) for r in rows_ if (a := gold_prefers_chosen(r, r["principle_name"])) is not None]
     overall = [(r, a) for r in rows_ if (a := gold_prefers_chosen(r, "harm")) is not None]
 
     def agreement(pairs):
         return rate([a for _, a in pairs], [cluster(r) for r, _ in pairs])
 
+    flips = [(flipped(p, q), cluster(r)) for r in rows for p, q in answers(r)]
     return {
         "agreement_principle": agreement(asked),
         "agreement_overall": agreement(overall),
@@ -116,7 +129,7 @@ def label_metrics(rows: list[dict]) -> dict:
         "agreement_policy_pairs": agreement([(r, a) for r, a in asked if r.get("source") == "policy"]),
         "agreement_logit": agreement([(r, (r["first_is_chosen"] == by_logit(r)) == a) for r, a in asked]),
         "one_order": agreement([(r, (r["p_first"] > 0.5) == (r["first_is_chosen"] == a)) for r, a in asked]),
-        "flip_rate": rate([(r["p_first"] > 0.5) != (r["p_first_swapped"] > 0.5) for r in rows], [cluster(r) for r in rows]),
+        "flip_rate": rate([flip for flip, _ in flips], [key for _, key in flips]),
         "by_principle": {
             name: agreement([(r, a) for r, a in asked if r["principle_name"] == name])
             for name in sorted({r["principle_name"] for r, _ in asked})

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 
+import label
 from minirlaif import comparison, metrics, text, world
 from minirlaif.comparison import bradley_terry, calibration, ece, elo, label_report, length_corrected, truth, win_rate
 from minirlaif.labelers import Answer, Label, combine
@@ -81,7 +82,7 @@ def test_a_report_by_hand():
         unlabelled(), unlabelled(error="no reply after 4 tries"),
         unlabelled() | dict(p_chosen=1.0, is_random=True),
     ])  # fmt: skip
-    assert (report["n"], report["labels"], report["truth"]) == (9, 7, {"gold": 5})
+    assert (report["n"], report["labels"], report["truth"]) == (9, 6, {"gold": 5})  # a coin is no label
     assert (report["agreement"]["value"], report["agreement"]["n"]) == (0.5, 5)  # 2 right, 2 wrong, and half for the tie
     assert report["by_principle"] == {"insult": report["agreement"]}
     # the bins: the tie, at 0.5 and half right; 0.65, 0.6 and 0.6, of which one is right; 0.85, right
@@ -90,10 +91,10 @@ def test_a_report_by_hand():
     assert orders == {"shown first": 0.6, "shown second": 0.4, "mean probability": 0.5, "mean logit": 0.5}
     assert (report["flip_rate"]["value"], report["flip_rate"]["n"]) == (3 / 6, 6)
     assert (report["flips_to_first"]["value"], report["flips_to_first"]["n"]) == (pytest.approx(2 / 3), 3)
-    assert [report[k]["value"] for k in ("tie", "failed", "random")] == pytest.approx([1 / 9, 2 / 9, 1 / 9])
+    assert [report[k]["value"] for k in ("tie", "failed", "random", "partly_failed")] == pytest.approx([1 / 9, 3 / 9, 1 / 9, 0])
     assert report["errors"] == {"no reply after N tries": 3}  # counted by kind
     assert (report["prompt_tokens"], report["completion_tokens"], report["cost"]) == (90, 18, 4.5)  # failures are paid for
-    assert report["cost_per_label"] == pytest.approx(4.5 / 7)
+    assert report["cost_per_label"] == pytest.approx(4.5 / 6)
 
 
 def test_a_report_does_not_depend_on_which_response_comes_first():
@@ -123,6 +124,39 @@ def test_a_slot_bias_costs_one_order_much_and_the_mean_little():
     }  # fmt: skip
     assert orders["mean logit"]["calibration"][0]["p"] == pytest.approx(1 / (1 + math.exp(-1)))  # the bias cancels exactly
     assert orders["mean probability"]["calibration"][0]["p"] < 0.7
+
+
+def test_the_flips_of_several_judges_are_their_own():
+    """One likes the first place, one the second: their mean flips nowhere, but each of them does everywhere."""
+    panel = row(0.5, 0.5, each=[[0.9, 0.1], [0.1, 0.9], [0.8, 0.7]])
+    report = label_report([panel, row(0.9, 0.2)])
+    assert (report["flip_rate"]["value"], report["flip_rate"]["n"]) == (3 / 4, 4)
+    assert (report["flips_to_first"]["value"], report["flips_to_first"]["n"]) == (pytest.approx(2 / 3), 3)
+    assert metrics.label_metrics([panel, row(0.9, 0.2)])["flip_rate"]["value"] == 3 / 4
+    # and label.py writes them: both judges say "the one shown first", or one fails
+    pair = label.Pair({"prompt": panel["prompt"], "responses": [POLITE, RUDE]}, 0, 0, 1, [])
+    first, second, failed = (combine(Answer(p, error=None if p else "no reply"), Answer(p)) for p in (0.75, 0.25, None))
+    assert label_report([label.record(pair, [first, second], "a+b")])["flip_rate"]["value"] == 1
+    half = label_report([label.record(pair, [first, failed], "a+b")])
+    assert (half["flip_rate"]["n"], half["partly_failed"]["value"], half["failed"]["value"]) == (1, 1, 0)
+    assert "each" not in label.record(pair, [first], "a")
+
+
+@pytest.mark.parametrize("p", [0.2, 0.5, 0.7])
+@pytest.mark.parametrize("q", [0.4, 0.5, 0.9])
+def test_what_a_flip_is_is_the_same_everywhere(p, q):
+    """A tie in one order is no flip."""
+    expected = Label((p + q) / 2, p, q).flipped
+    assert expected == ((p, q) in {(0.2, 0.9), (0.7, 0.4)}) == metrics.flipped(p, q)
+    assert label_report([row(p, q)])["flip_rate"]["value"] == metrics.label_metrics([row(p, q)])["flip_rate"]["value"] == expected
+
+
+def test_a_label_that_some_judges_failed_to_give_is_reported():
+    report = label_report([row(0.9, 0.8, error="no reply after 3 tries"), row(0.9, 0.8), unlabelled(status="failed")])
+    assert (report["labels"], report["partly_failed"]["value"], report["failed"]["value"]) == (2, 1 / 3, 1 / 3)
+    coins = label_report([unlabelled(status="failed", p_chosen=1.0, is_random=True)] * 3 + [row(0.9, 0.8)])
+    assert (coins["labels"], coins["failed"]["value"], coins["random"]["value"]) == (1, 3 / 4, 3 / 4)
+    assert coins["cost_per_label"] == 4 * 0.5
 
 
 def test_a_report_of_labels_that_nobody_can_check():

@@ -142,8 +142,8 @@ def label_row(p, status="ok", **more):
 
 
 def test_labels_prints_a_column_a_file(tmp_path, capsys):
-    failed = label_row(None, "failed", error="no reply")
-    one = write(tmp_path / "a" / "preferences.jsonl", [label_row(0.9), label_row(0.7), failed, label_row(1.0, is_random=True)])
+    failed, partly = label_row(None, "failed", error="no reply"), label_row(0.7, error="no reply")
+    one = write(tmp_path / "a" / "preferences.jsonl", [label_row(0.9), partly, failed, label_row(1.0, is_random=True)])
     two = write(tmp_path / "b.jsonl", [dict(prompt="\n\nHuman: hi\n\nAssistant:", chosen=" a", rejected=" b")])
     write(tmp_path / "a" / "metrics.jsonl", [{"step": 0, "labels_per_second": 3}, {"step": 1, "labels_per_second": 12.34}])
     reports = labels(LabelsArgs(files=[one, two], out=str(tmp_path / "out.json")))
@@ -151,7 +151,9 @@ def test_labels_prints_a_column_a_file(tmp_path, capsys):
     assert reports[one]["agreement"]["value"] == 1 and reports[one]["ece"] == pytest.approx((0.3 + 0.1) / 2)
     assert reports[one]["labels_per_second"] == 12.34 and reports[two]["labels_per_second"] is None
     lines = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in capsys.readouterr().out.splitlines()}
-    assert lines["pairs"] == ["4", "1 |"] and lines["errors"] == ["1 x no reply", "none |"]
+    assert lines["pairs"] == ["4", "1 |"] and lines["errors"] == ["2 x no reply", "none |"]
+    assert lines["of them labelled"] == ["2", "1 |"] and lines["cost of a label"][0] == "0.200000"  # coins are no labels
+    assert lines["failed"][0].startswith("0.500 [") and lines["failed in part"][0].startswith("0.250 [")
     assert lines["percentage random"] == ["25.0 %", "0.0 % |"] and lines["overall cost"] == ["0.4000", "0.0000 |"]
     assert lines["agreement"][0].startswith("1.000 [0.") and lines["agreement"][1] == "n/a |"
     assert lines["0.7-0.8"] == ["1", "0.700", "1.000 |"]  # the calibration curve
@@ -260,6 +262,8 @@ def test_a_word_picks_its_own_flags(tmp_path, capsys):
     (["labels"], "FILES"),
     (["labels", "none.jsonl"], "none.jsonl: No such file"),
     (["labels", "BAD"], "bad.jsonl:1: 'p_first' should be null or in [0, 1], not 'x'"),
+    (["labels", "PAIR"], "pair.jsonl:1: 'each' should hold pairs of numbers in [0, 1]"),
+    (["labels", "MANY"], "many.jsonl:1: 'each' should hold pairs of numbers in [0, 1]"),
     (["hhh", "--judge", "x"], "--data"),
     (["hhh", "--data", "BAD", "--judge", "x"], "bad.jsonl:1: no key 'corrects'"),
     (["winrate", "--samples", "a", "--judge", "gold", "--principle", "harm"], "--samples a: write it as NAME=FILE"),
@@ -273,6 +277,8 @@ def test_a_word_picks_its_own_flags(tmp_path, capsys):
 def test_a_mistake_is_one_line(tmp_path, capsys, argv, part):
     files = {
         "BAD": write(tmp_path / "bad.jsonl", [label_row(0.9, p_first="x")]),
+        "PAIR": write(tmp_path / "pair.jsonl", [label_row(0.9, each=[0.9])]),
+        "MANY": write(tmp_path / "many.jsonl", [label_row(0.9, each=[[0.9, 2]])]),
         "GOOD": samples(tmp_path / "good.jsonl", a=" yes.", b=" no."),
         "OTHER": write(tmp_path / "other.jsonl", [dict(prompt="P", response=" no.")]),
     }
