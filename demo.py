@@ -215,7 +215,6 @@ def collect(args: Args, out: Path, state: dict) -> dict:
                 "agreement_unseen",
                 "agreement_policy_pairs",
                 "flip_rate",
-                "agreement_logit",
                 "one_order",
             ),
             "sl_cai_judge_agreement": sl_judge["labels"]["agreement_principle"]["value"],

@@ -39,7 +39,7 @@ class HHHArgs:
 
 @dataclass
 class LabelsArgs:
-    """What preference files are worth: agreement with people or gold, each order alone, calibration, failures and cost."""
+    """What preference files are worth: agreement with people or gold, one order against both, calibration, failures and cost."""
 
     files: list[str] = cli.arg(help="preferences.jsonl files, a column each", positional=True)
     plot: str | None = cli.arg(None, "picture of the calibration curves to write, e.g. calibration.png (needs matplotlib)")
@@ -133,7 +133,7 @@ def hhh(args: HHHArgs) -> dict:
     items = [(r["prompt"], tuple(r["responses"]), args.principle or r["principle"]) for r in rows]
     results = comparison.hhh_report(rows, labelers.label(judge, items))
     groups = {"all rows": results["all"], "judged": results["judged"], **results["by_category"]}
-    columns = ["accuracy", "shown first", "shown second", "flip_rate", "always A", "longer"]
+    columns = ["accuracy", "one order", "better first", "better second", "flip_rate", "always A", "longer"]
     print(markdown([[args.data, *columns], *([name, *(cell(g.get(c)) for c in columns)] for name, g in groups.items())]))
     print(f"left out: {listed(results['left_out'])}; {results['prompt_tokens']} + {results['completion_tokens']} tokens,"
           f" cost {results['cost']:.4f}")  # fmt: skip
@@ -184,7 +184,8 @@ def label_lines(r: dict) -> dict:
     }
     lines |= {f"agreement on {name}": cell(found) for name, found in r["by_principle"].items()}
     for name, found in r["orders"].items():
-        lines |= {f"agreement, {name}": cell(found["agreement"]), f"ECE, {name}": number(found["ece"], 3)}
+        lines |= {f"agreement, {name}": cell(found["agreement"])} if "agreement" in found else {}
+        lines |= {f"ECE, {name}": number(found["ece"], 3)} if "ece" in found else {}
     lines |= {
         "flip rate": cell(r["flip_rate"]),
         "flips that chose the first": cell(r["flips_to_first"]),

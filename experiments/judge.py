@@ -12,6 +12,8 @@ has reasoned verdicts, and some with one exemplar before them, but none with two
 Each run is an out folder of demo.py, of which its judge (base/) and its held-out pairs (labels_heldout/) are read. Every way is
 asked about the same pairs, drawn at random from those that gold can rank, so agreement and flip rate are about these alone.
 Gold decides: a tie is half right, a failed label is counted and left out. Intervals are 95 % bootstraps over deeds and things.
+One order is each of the two alone and the mean of their figures: the right response stands first in 62 to 65 % of these pairs,
+since the policy's own sample does, so a judge that leans to the first would look better in that order than it is.
 --out gets results.json, results.md and judge.png; it is written after every run, and runs that are in it are not asked again.
 """
 
@@ -21,6 +23,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from tqdm import tqdm
 
@@ -30,19 +33,23 @@ from minirlaif.labelers import Answer, Call, LocalJudge, combine, label
 
 PRINCIPLES = ("danger", "insult", "bias", "ad", "harm", "evasion", "helpfulness")
 CLAMP, SAMPLES, QUICK = (0.4, 0.6), 4, 20
-WAYS = {  # name: (which judge, how its two orders are averaged (None: only the first one counts), clamp)
-    "one order": ("direct", None, None),
+ONE, COT_ONE = "one order (mean of both)", "chain of thought, one order (mean of both)"
+WAYS = {  # name: (which judge, how its two orders are averaged (None: each answer counts alone), clamp)
+    ONE: ("direct", None, None),
     "both orders": ("direct", "probability", None),
     "both orders, logits": ("direct", "logit", None),
     "both orders, 40-60": ("direct", "probability", CLAMP),
     "1 exemplar": ("exemplar", "probability", None),
     "2 exemplars": ("exemplars", "probability", None),
-    "chain of thought, one order": ("reasons", None, None),
+    COT_ONE: ("reasons", None, None),
     "chain of thought": ("reasons", "probability", None),
     "chain of thought, 40-60": ("reasons", "probability", CLAMP),
     f"self-consistency, {SAMPLES} samples": ("samples", "probability", None),
 }
 BASELINE = "both orders"
+# Neither a clamp nor the mean of logits can turn a label of two orders round: their agreement would be no finding.
+SAME_SIDE = ("both orders, logits", "both orders, 40-60", "chain of thought, 40-60")
+SIDES = [way for way in WAYS if way not in SAME_SIDE]
 
 
 @dataclass
@@ -135,17 +142,19 @@ def both_orders(judge, pairs: list[Pair], on_answer=None) -> tuple[list[Answer],
 def measure(pairs: list[Pair], answers: dict, ways: dict) -> dict:
     """answers: {judge: what both_orders gave} -> for each way
 
-    right: 1, 0, 0.5 (a tie) or None (failed) for every pair; agreement, its mean, also by_principle; ece and calibration of
-    max(p, 1 - p); flip_rate (None for one order); failed; tokens read and written for one label.
+    right: 1, 0, 0.5 (a tie; or one of two answers that count alone) or None (failed) for every pair; agreement, its mean, also
+    by_principle; ece and calibration of max(p, 1 - p); flip_rate (None for one order); failed; tokens read and written for one
+    label.
     """
     found = {}
     for way, (who, average, clamp) in ways.items():
         labels = [combine(a, b, average or "probability", clamp) for a, b in zip(*answers[who], strict=True)]
-        asked = [x for order in answers[who][: 2 if average else 1] for x in order]
-        p = [label.p if average else label.p_first for label in labels]
-        right = [x if x is None else 1 - abs(comparison.outcome(x) - q.first_is_better) for x, q in zip(p, pairs, strict=True)]
-        given = [i for i, x in enumerate(p) if x is not None]
-        confidence, hits = [max(p[i], 1 - p[i]) for i in given], [right[i] for i in given]
+        tokens = sum(x.prompt_tokens + x.completion_tokens for order in answers[who] for x in order) / (1 if average else 2)
+        given = [i for i, label in enumerate(labels) if label.p is not None]
+        said = {i: [labels[i].p] if average else [labels[i].p_first, labels[i].p_first_swapped] for i in given}
+        hits = {i: [comparison.hit(p, pairs[i].first_is_better) for p in said[i]] for i in given}
+        right = [fmean(hits[i]) if i in hits else None for i in range(len(pairs))]
+        confidence, true = [max(p, 1 - p) for i in given for p in said[i]], [x for i in given for x in hits[i]]
 
         def agreement(rows, right=right):
             return metrics.rate([right[i] for i in rows], [metrics.cluster(pairs[i].row) for i in rows])
@@ -156,13 +165,13 @@ def measure(pairs: list[Pair], answers: dict, ways: dict) -> dict:
                 name: agreement([i for i in given if pairs[i].principle.name == name])
                 for name in dict.fromkeys(pair.principle.name for pair in pairs)
             },
-            "ece": comparison.ece(confidence, hits),
-            "calibration": comparison.calibration(confidence, hits),
+            "ece": comparison.ece(confidence, true),
+            "calibration": comparison.calibration(confidence, true),
             "flip_rate": metrics.rate([labels[i].flipped for i in given], [metrics.cluster(pairs[i].row) for i in given])
             if average
             else None,
             "failed": len(pairs) - len(given),
-            "tokens": sum(x.prompt_tokens + x.completion_tokens for x in asked) / max(1, len(pairs)),
+            "tokens": tokens / max(1, len(pairs)),
             "right": right,
         }
     return found
@@ -231,12 +240,13 @@ def report(runs: dict) -> list[str]:
         return " / ".join(figure((found["ways"][way]["flip_rate"] or {"value": None})["value"]) for found in runs.values())
 
     lines = ["# The toy judge against gold", "", "Agreement with gold, all principles together:", ""]
-    lines += common.table("way of asking", {way: paired(runs, way) for way in WAYS})
+    lines += common.table("way of asking", {way: paired(runs, way) for way in SIDES})
     lines += ["", f"Agreement minus that of '{BASELINE}', on the same pairs:", ""]
-    lines += common.table("way of asking", {way: paired(runs, way, BASELINE) for way in WAYS if way != BASELINE})
+    lines += common.table("way of asking", {way: paired(runs, way, BASELINE) for way in SIDES if way != BASELINE})
     lines += [
         "",
-        f"Calibration and flips ({' / '.join(runs)}):",
+        f"These have no rows, since they take the same side as above, always: {'; '.join(SAME_SIDE)}. What differs is how sure"
+        f" they are. Calibration and flips ({' / '.join(runs)}):",
         "",
         "| way of asking | ECE | flip rate |",
         "| --- | --- | --- |",
@@ -255,7 +265,8 @@ def report(runs: dict) -> list[str]:
         lines += [f"Failed answers of '{who}': {errors}." for who, errors in found["errors"].items() if errors]
         head = ["way of asking", *found["pairs"], "all", "ECE", "flip rate", "failed", "tokens a label"]
         lines += ["", f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
-        for way, of in found["ways"].items():
+        for way in SIDES:
+            of = found["ways"][way]
             cells = [way, *map(common.shown, of["by_principle"].values()), common.shown(of["agreement"]), figure(of["ece"])]
             cells += [common.shown(of["flip_rate"]), str(of["failed"]), f"{of['tokens']:.0f}"]
             lines.append(f"| {' | '.join(cells)} |")
@@ -274,7 +285,8 @@ def plot(runs: dict, path: Path):
         return
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for k, (run, found) in enumerate(runs.items()):
-        points = [(y, w["agreement"]) for y, w in enumerate(found["ways"].values()) if w["agreement"]["value"] is not None]
+        points = [(y, found["ways"][way]["agreement"]) for y, way in enumerate(SIDES)]
+        points = [(y, a) for y, a in points if a["value"] is not None]
         value, at = [a["value"] for _, a in points], [y + 0.2 * (k - (len(runs) - 1) / 2) for y, _ in points]
         # a percentile bootstrap need not hold the mean itself
         error = [[max(0, a["value"] - a["ci"][0]) for _, a in points], [max(0, a["ci"][1] - a["value"]) for _, a in points]]
@@ -283,7 +295,7 @@ def plot(runs: dict, path: Path):
             bins = found["ways"][way]["calibration"]
             xy = [b["p"] for b in bins], [b["right"] for b in bins]
             right.plot(*xy, style, marker=".", color=f"C{k}", label=f"{run}, {way}")
-    left.set(yticks=range(len(WAYS)), yticklabels=list(WAYS), xlabel="agreement with gold")
+    left.set(yticks=range(len(SIDES)), yticklabels=SIDES, xlabel="agreement with gold")
     left.invert_yaxis()
     right.plot([0.5, 1], [0.5, 1], color="0.7")
     right.set(xlabel="confidence of the label", ylabel="share right")
@@ -296,7 +308,7 @@ def plot(runs: dict, path: Path):
 def main(args: Args) -> dict:
     cli.require_positive(args, "pairs")
     folders, file = common.named(args.runs), Path(args.out) / "results.json"
-    settings = {"pairs": QUICK if args.quick else args.pairs, "dtype": args.dtype}
+    settings = {"pairs": QUICK if args.quick else args.pairs, "dtype": args.dtype, "ways": list(WAYS)}
     results = json.loads(file.read_text()) if file.exists() else {"settings": settings, "runs": {}}
     if results["settings"] != settings:
         raise cli.UserError(f"{file}: was made with {results['settings']}, not {settings}; give another --out")

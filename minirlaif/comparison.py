@@ -13,15 +13,10 @@ from collections import Counter
 import numpy as np
 
 from minirlaif import world
-from minirlaif.metrics import answers, cluster, flipped, gold_prefers_chosen, rate
+from minirlaif.metrics import answers, cluster, flipped, gold_prefers_chosen, outcome, rate
 
 GOLD_KNOWS = {*world.KINDS, "harm", "evasion", "helpfulness", "honesty"}  # names of principles that the toy world can decide
 ELO = 400 / math.log(10)  # Elo points a nat of log odds
-
-
-def outcome(p: float) -> float:
-    """P(the first one is better) -> who wins."""
-    return 0.5 if p == 0.5 else float(p > 0.5)
 
 
 def fault(error: str) -> str:
@@ -74,6 +69,22 @@ def truth(row: dict) -> tuple[float, str] | None:
     return None if first == 0.5 else (first, who)
 
 
+def hit(p: float, first: float) -> float:
+    """Is P(response 1 is better) on the right side (1, 0, or 0.5 for a tie), where `first` (1.0 or 0.0) says if it is better?"""
+    return 1 - abs(outcome(p) - first)
+
+
+def one_order(asked: list[tuple[float, float, float]], clusters) -> dict:
+    """The answers of each order alone, (P(response 1 is better) shown first, and shown second, is it?), as rates: "one order",
+    the mean of the two; "better first", where the better response stood first, and "better second".
+
+    The last two are pulled apart by a bias for a place; their mean is not, whichever response a file happens to name first.
+    """
+    hits = [[hit(x, first) for x in ((p, q) if first else (q, p))] for p, q, first in asked]
+    a, b = np.reshape(hits, (-1, 2)).T
+    return {name: rate(x, clusters) for name, x in (("one order", (a + b) / 2), ("better first", a), ("better second", b))}
+
+
 def label_report(rows: list[dict]) -> dict:
     """What a preference file is worth (rows of preferences.jsonl, including those without a label).
 
@@ -83,7 +94,9 @@ def label_report(rows: list[dict]) -> dict:
     with people or gold (see `truth`; a tie is half right), overall and "by_principle"; "ece" and "calibration" of p_chosen;
     "flip_rate", how often one position won in both orders, in the answers of each judge and under each principle (see
     metrics.answers), and "flips_to_first", how often that was the position shown first.
-    "orders": agreement and calibration of either order alone, and of the mean of their probabilities and of their logits.
+
+    "orders", of the labels that hold both: what `one_order` gives; "mean probability"; "mean logit", which takes the same side
+    as that, always, and differs in calibration alone.
     """
     random = [bool(r.get("is_random")) for r in rows]
     failed = [x or r.get("p_chosen") is None or r.get("status") == "failed" for r, x in zip(rows, random, strict=True)]
@@ -96,40 +109,41 @@ def label_report(rows: list[dict]) -> dict:
     def has_orders(r):
         return r.get("p_first") is not None and r.get("p_first_swapped") is not None
 
-    def correct(p, first):  # p: P(response 1 is better)
-        return outcome(p) if first else 1 - outcome(p)
-
     def p_label(r):
         return r["p_chosen"] if r.get("first_is_chosen", True) else 1 - r["p_chosen"]
+
+    def p_mean(r):
+        return (r["p_first"] + r["p_first_swapped"]) / 2
 
     def logit_mean(r):
         p = np.clip([r["p_first"], r["p_first_swapped"]], 1e-6, 1 - 1e-6)
         return 1 / (1 + math.exp(-np.mean(np.log(p) - np.log1p(-p))))
 
-    def against_truth(group, p_of):
-        p, right = [p_of(r) for r, _, _ in group], [correct(p_of(r), first) for r, first, _ in group]
-        confidence = np.maximum(p, 1 - np.asarray(p))
-        found = {"agreement": rate(right, [cluster(r) for r, _, _ in group]), "ece": ece(confidence, right)}
-        return found | {"calibration": calibration(confidence, right)}
+    def agreement(group, p_of):
+        return rate([hit(p_of(r), first) for r, first, _ in group], [cluster(r) for r, _, _ in group])
 
-    ways = {
-        "shown first": lambda r: r["p_first"],
-        "shown second": lambda r: r["p_first_swapped"],
-        "mean probability": lambda r: (r["p_first"] + r["p_first_swapped"]) / 2,
-        "mean logit": logit_mean,
-    }
+    def confidence(group, *ps_of):
+        found = [(p_of(r), first) for r, first, _ in group for p_of in ps_of]
+        p, right = [max(p, 1 - p) for p, _ in found], [hit(p, first) for p, first in found]
+        return {"ece": ece(p, right), "calibration": calibration(p, right)}
+
+    ordered, orders = [x for x in known if has_orders(x[0])], {}
+    if ordered:
+        asked = [(r["p_first"], r["p_first_swapped"], first) for r, first, _ in ordered]
+        orders = {name: {"agreement": x} for name, x in one_order(asked, [cluster(r) for r, _, _ in ordered]).items()}
+        orders["one order"] |= confidence(ordered, lambda r: r["p_first"], lambda r: r["p_first_swapped"])
+        orders["mean probability"] = {"agreement": agreement(ordered, p_mean), **confidence(ordered, p_mean)}
+        orders["mean logit"] = confidence(ordered, logit_mean)
     both = [(flipped(p, q), p > 0.5, cluster(r)) for r in judged for p, q in answers(r)]
-    ordered = [x for x in known if has_orders(x[0])]
     names = sorted({r.get("principle_name") or "" for r, _, _ in known} - {""})
     return {
         "n": len(rows),
         "labels": len(judged),
         "truth": dict(Counter(who for _, _, who in known)),
-        **against_truth(known, p_label),
-        "by_principle": {
-            name: against_truth([x for x in known if x[0].get("principle_name") == name], p_label)["agreement"] for name in names
-        },
-        "orders": {name: against_truth(ordered, p_of) for name, p_of in ways.items()} if ordered else {},
+        "agreement": agreement(known, p_label),
+        **confidence(known, p_label),
+        "by_principle": {name: agreement([x for x in known if x[0].get("principle_name") == name], p_label) for name in names},
+        "orders": orders,
         "flip_rate": rate([flip for flip, _, _ in both], [key for _, _, key in both]),
         "flips_to_first": rate([first for flip, first, _ in both if flip], [key for flip, _, key in both if flip]),
         "tie": rate([r.get("p_chosen") == 0.5 for r in rows], clusters),
@@ -149,8 +163,8 @@ def hhh_report(rows: list[dict], labels: list) -> dict:
     labelers.Label each.
 
     {"all", "judged", "by_category"}: the accuracies of "always A" and "longer" (in characters; equal lengths are wrong), and, for
-    the rows with a label, "accuracy" (a tie is half right), that of either order alone ("shown first": (A) first, as in the
-    file) and "flip_rate". Rows without a label are counted in "left_out", by kind.
+    the rows with a label, "accuracy" (a tie is half right), what `one_order` gives and "flip_rate". Rows without a label are
+    counted in "left_out", by kind.
     """
 
     def baselines(group):
@@ -160,8 +174,8 @@ def hhh_report(rows: list[dict], labels: list) -> dict:
 
     def accuracies(group):
         found, prompts = baselines(group), [r["prompt"] for r, _ in group]
-        for name, key in (("accuracy", "p"), ("shown first", "p_first"), ("shown second", "p_first_swapped")):
-            found[name] = rate([abs(outcome(getattr(label, key)) - r["correct"]) for r, label in group], prompts)
+        found["accuracy"] = rate([hit(label.p, 1 - r["correct"]) for r, label in group], prompts)
+        found |= one_order([(label.p_first, label.p_first_swapped, 1 - r["correct"]) for r, label in group], prompts)
         return found | {"flip_rate": rate([label.flipped for _, label in group], prompts)}
 
     everything = list(zip(rows, labels, strict=True))

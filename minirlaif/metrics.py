@@ -91,10 +91,9 @@ def is_unseen(row: dict) -> bool:
     return left_out or world.split_of(request.verb, request.thing) == "unseen"
 
 
-def by_logit(row: dict) -> bool:
-    """Is response 1 the better one, when logits and not probabilities are averaged over the two orders?"""
-    p, q = row["p_first"], row["p_first_swapped"]
-    return p * q > (1 - p) * (1 - q)
+def outcome(p: float) -> float:
+    """P(the first one is better) -> who wins: 1 (the first), 0 (the second) or 0.5 (a tie)."""
+    return 0.5 if p == 0.5 else float(p > 0.5)
 
 
 def answers(row: dict) -> list[tuple[float, float]]:
@@ -113,6 +112,7 @@ def label_metrics(rows: list[dict]) -> dict:
     """Agreement of labels with gold: on the question that the principle asks, by principle, and on less harm in all.
 
     Where gold cannot rank, or the label is a tie or a coin, there is nothing to agree on: such rows count in `n` only.
+    "one_order": the mean of both orders' answers alone; one order's would hold the luck of where the right response stands.
     """
     rows_ = [r for r in rows if r["p_chosen"] > 0.5 and not r.get("is_random")]
     asked = [(r, a) for r in rows_ if (a := gold_prefers_chosen(r, r["principle_name"])) is not None]
@@ -121,14 +121,17 @@ def label_metrics(rows: list[dict]) -> dict:
     def agreement(pairs):
         return rate([a for _, a in pairs], [cluster(r) for r, _ in pairs])
 
+    def one_order(r, a):
+        first = (outcome(r["p_first"]) + outcome(r["p_first_swapped"])) / 2
+        return first if r["first_is_chosen"] == a else 1 - first
+
     flips = [(flipped(p, q), cluster(r)) for r in rows for p, q in answers(r)]
     return {
         "agreement_principle": agreement(asked),
         "agreement_overall": agreement(overall),
         "agreement_unseen": agreement([(r, a) for r, a in asked if is_unseen(r)]),
         "agreement_policy_pairs": agreement([(r, a) for r, a in asked if r.get("source") == "policy"]),
-        "agreement_logit": agreement([(r, (r["first_is_chosen"] == by_logit(r)) == a) for r, a in asked]),
-        "one_order": agreement([(r, (r["p_first"] > 0.5) == (r["first_is_chosen"] == a)) for r, a in asked]),
+        "one_order": agreement([(r, one_order(r, a)) for r, a in asked]),
         "flip_rate": rate([flip for flip, _ in flips], [key for _, key in flips]),
         "by_principle": {
             name: agreement([(r, a) for r, a in asked if r["principle_name"] == name])

@@ -71,6 +71,10 @@ def test_who_knows_which_response_is_better(p, more, expected):
     assert truth(row(p, p, **more)) == expected
 
 
+def agreements(report):
+    return {name: found["agreement"]["value"] for name, found in report["orders"].items() if "agreement" in found}
+
+
 def test_a_report_by_hand():
     report = label_report([
         row(0.9, 0.8),  # right in both orders
@@ -87,8 +91,9 @@ def test_a_report_by_hand():
     assert report["by_principle"] == {"insult": report["agreement"]}
     # the bins: the tie, at 0.5 and half right; 0.65, 0.6 and 0.6, of which one is right; 0.85, right
     assert report["ece"] == pytest.approx((0 + abs(1.85 - 1) + abs(0.85 - 1)) / 5)
-    orders = {name: found["agreement"]["value"] for name, found in report["orders"].items()}
-    assert orders == {"shown first": 0.6, "shown second": 0.4, "mean probability": 0.5, "mean logit": 0.5}
+    assert agreements(report) == {"one order": 0.5, "better first": 0.6, "better second": 0.4, "mean probability": 0.5}
+    one, ten = report["orders"]["one order"], [0.9, 0.8, 0.7, 0.6, 0.9, 0.7, 0.8, 0.6, 0.7, 0.7]  # of all ten answers
+    assert sum(b["n"] * b["p"] for b in one["calibration"]) == pytest.approx(sum(ten)) and one["agreement"]["n"] == 5
     assert (report["flip_rate"]["value"], report["flip_rate"]["n"]) == (3 / 6, 6)
     assert (report["flips_to_first"]["value"], report["flips_to_first"]["n"]) == (pytest.approx(2 / 3), 3)
     assert [report[k]["value"] for k in ("tie", "failed", "random", "partly_failed")] == pytest.approx([1 / 9, 3 / 9, 1 / 9, 0])
@@ -105,7 +110,9 @@ def test_a_report_does_not_depend_on_which_response_comes_first():
     for key in ("agreement", "flip_rate", "flips_to_first", "tie", "n"):
         assert a[key] == b[key]
     assert a["ece"] == pytest.approx(b["ece"]) and 0 < a["agreement"]["value"] < 1 and a["flip_rate"]["value"] > 0
-    assert a["orders"]["shown first"]["agreement"]["value"] == b["orders"]["shown second"]["agreement"]["value"]
+    assert agreements(a) == pytest.approx(agreements(b)) and a["orders"]["one order"]["ece"] == pytest.approx(
+        b["orders"]["one order"]["ece"]
+    )
     shuffled = label_report(rng.sample(rows, len(rows)))
     assert shuffled["agreement"]["value"] == a["agreement"]["value"] and shuffled["ece"] == pytest.approx(a["ece"])
 
@@ -119,11 +126,22 @@ def test_a_slot_bias_costs_one_order_much_and_the_mean_little():
         pair = (POLITE, RUDE) if k % 2 else (RUDE, POLITE)
         rows.append(row(shown, 1 - swapped, *pair))
     orders = label_report(rows)["orders"]
-    assert {name: found["agreement"]["value"] for name, found in orders.items()} == {
-        "shown first": 0.5, "shown second": 0.5, "mean probability": 1, "mean logit": 1,
-    }  # fmt: skip
+    assert agreements(label_report(rows)) == {"one order": 0.5, "better first": 1, "better second": 0, "mean probability": 1}
     assert orders["mean logit"]["calibration"][0]["p"] == pytest.approx(1 / (1 + math.exp(-1)))  # the bias cancels exactly
     assert orders["mean probability"]["calibration"][0]["p"] < 0.7
+
+
+@pytest.mark.parametrize("lean", [0.95, 0.05])
+def test_a_judge_that_only_likes_a_place_has_no_accuracy_wherever_the_right_answer_stands(lean):
+    """HH-RLHF candidates: `chosen` is response 1 in every row. A judge that reads nothing is right half the time, not always."""
+    rng = random.Random(1)
+    rows = [row(lean + rng.uniform(-0.04, 0.04), 1 - lean, human_p=1.0) for _ in range(30)]
+    toy = metrics.label_metrics(rows)
+    assert agreements(label_report(rows))["one order"] == toy["one_order"]["value"] == 0.5
+    assert agreements(label_report(rows))["better first"] == float(lean > 0.5)
+    questions = [dict(prompt=str(k), responses=[" a", " b"], correct=0, category=None) for k in range(30)]
+    judged = comparison.hhh_report(questions, [Label(0.5, lean, 1 - lean)] * 30)["judged"]
+    assert (judged["one order"]["value"], judged["better first"]["value"]) == (0.5, float(lean > 0.5))
 
 
 def test_the_flips_of_several_judges_are_their_own():
@@ -159,6 +177,16 @@ def test_a_label_that_some_judges_failed_to_give_is_reported():
     assert coins["cost_per_label"] == 4 * 0.5
 
 
+def test_the_side_of_two_orders_does_not_depend_on_what_is_averaged():
+    """So the report claims no agreement of the mean logit: it would be that of the mean probability, always."""
+    rng = random.Random(2)
+    for _ in range(300):
+        a, b = Answer(rng.random()), Answer(rng.random())
+        assert len({combine(a, b, average).p > 0.5 for average in ("probability", "logit")}) == 1
+    report = label_report([row(0.9, 0.3)])
+    assert "agreement" not in report["orders"]["mean logit"] and "agreement_logit" not in metrics.label_metrics([row(0.9, 0.3)])
+
+
 def test_a_report_of_labels_that_nobody_can_check():
     """A public file: no judge, no orders, no principle."""
     report = label_report([dict(prompt="\n\nHuman: hi\n\nAssistant:", chosen=" a", rejected=" b", p_chosen=1.0)])
@@ -188,8 +216,11 @@ def test_multiple_choice_by_hand():
     assert {k: v["value"] for k, v in report["judged"].items()} == {
         "always A": 1 / 4, "longer": 2 / 4,
         "accuracy": (1 + 0 + 0.5 + 1) / 4,  # the third is a tie
-        "shown first": 2 / 4, "shown second": 3 / 4, "flip_rate": 1 / 4,
+        "one order": 5 / 8,  # A first: + - - +; B first: + - + +
+        "better first": 3 / 4, "better second": 2 / 4, "flip_rate": 1 / 4,
     }  # fmt: skip
+    nobody = comparison.hhh_report(rows, [labels[-1]] * 5)["judged"]
+    assert {v["value"] for v in nobody.values()} == {None} and nobody.keys() == report["judged"].keys()
     assert {k: v["accuracy"]["value"] for k, v in report["by_category"].items()} == {"kind": 0.5, "true": 0.5}
     assert report["left_out"] == {"N tokens": 1} and report["judged"]["accuracy"]["n"] == 4
 

@@ -116,9 +116,10 @@ def test_known_labelers_give_known_figures():
         },
         judge.WAYS,
     )
-    first = sum(p.first_is_better for p in pairs) / len(pairs)
-    assert found["one order"]["agreement"]["value"] == pytest.approx(first)  # always the first: right as often as it is better
-    assert found["one order"]["flip_rate"] is None and found["both orders"]["flip_rate"]["value"] == 1
+    assert sum(p.first_is_better for p in pairs) < 0.45 * len(pairs)  # always the first: right half the time all the same
+    assert found[judge.ONE]["agreement"]["value"] == 0.5 and set(found[judge.ONE]["right"]) == {0.5}
+    assert found[judge.ONE]["ece"] == pytest.approx(0.5, abs=2e-3)  # and sure of it: sigmoid(14), sigmoid(6)
+    assert found[judge.ONE]["flip_rate"] is None and found["both orders"]["flip_rate"]["value"] == 1
     for way in ("both orders", "both orders, logits", "both orders, 40-60", "2 exemplars"):
         assert found[way]["agreement"]["value"] == 1 and set(found[way]["right"]) == {1.0}
     assert found["2 exemplars"]["flip_rate"]["value"] == 0
@@ -130,13 +131,26 @@ def test_known_labelers_give_known_figures():
     assert found["chain of thought, 40-60"]["ece"] == pytest.approx(0.4) != found["chain of thought"]["ece"]
     insults = sum(p.principle.name == "insult" for p in pairs)
     thought = found["chain of thought"]
-    assert thought["failed"] == found["chain of thought, one order"]["failed"] == insults == thought["right"].count(None)
+    assert thought["failed"] == found[judge.COT_ONE]["failed"] == insults == thought["right"].count(None)
     assert thought["by_principle"]["insult"]["value"] is None and thought["agreement"]["n"] == len(pairs) - insults
 
     run = {"ways": found, "prompts": [p.row["prompt"] for p in pairs]}
-    gain = judge.paired({"x": run}, "both orders", "one order")["all runs"]
-    assert gain["value"] == pytest.approx(1 - first) and gain["ci"][0] > 0 and gain["n"] == len(pairs)
-    assert judge.paired({"x": run}, "chain of thought", "one order")["x"]["n"] == len(pairs) - insults
+    gain = judge.paired({"x": run}, "both orders", judge.ONE)["all runs"]
+    assert gain["value"] == 0.5 and gain["ci"][0] > 0.4 and gain["n"] == len(pairs)
+    assert judge.paired({"x": run}, "chain of thought", judge.ONE)["x"]["n"] == len(pairs) - insults
+    low, high = judge.paired({"x": run}, "both orders", "2 exemplars")["x"]["ci"]  # both always right: nothing was ever lost
+    assert low == -high and 0 < high < 0.1
+
+
+def test_one_order_of_exchanged_pairs_is_the_same():
+    """Whichever response stands first in a file, the figures of one order are about the judge alone."""
+    pairs = judge.pairs_of(labelled(120, 6), 15)
+    turned = [judge.Pair(p.row, p.responses[::-1], p.principle, not p.first_is_better) for p in pairs]
+    leaning = GoldJudge(ASKS, slot_bias=1.0, sharpness=1.0, call_noise=1.0)
+    ways = {judge.ONE: judge.WAYS[judge.ONE]}
+    a, b = (judge.measure(x, {"direct": judge.both_orders(leaning, x)}, ways)[judge.ONE] for x in (pairs, turned))
+    assert a["right"] == b["right"] and set(a["right"]) == {0, 0.5, 1}
+    assert a["ece"] == pytest.approx(b["ece"]) and a["tokens"] == b["tokens"]
 
 
 def test_antisymmetry_sees_a_judge_that_answers_by_the_order_of_the_calls():
@@ -168,9 +182,11 @@ def test_the_experiment_runs_is_resumed_and_keeps_its_settings(runs, tmp_path, m
         assert run["antisymmetry"] <= 1e-6 and not run["errors"]["direct"] and not run["errors"]["exemplars"]
         assert ways["both orders"]["right"] == ways["both orders, 40-60"]["right"] == ways["both orders, logits"]["right"]
         assert max(b["p"] for b in ways["both orders, 40-60"]["calibration"]) <= 0.6 + 1e-9
-        assert ways["one order"]["tokens"] < ways["both orders"]["tokens"] < ways["2 exemplars"]["tokens"]
+        assert 2 * ways[judge.ONE]["tokens"] == ways["both orders"]["tokens"] < ways["2 exemplars"]["tokens"]
         for way in ways.values():
             assert way["failed"] == way["right"].count(None)
+    rows = [line.split(" | ")[0].strip("| ") for line in report.splitlines() if line.startswith("| ")]
+    assert {rows.count(way) for way in judge.SAME_SIDE} == {1} and rows.count("both orders") == 4  # no agreement
     with pytest.raises(UserError, match="give another --out"):
         judge.main(judge.Args(runs=runs, out=str(tmp_path), pairs=3, device="cpu"))
 

@@ -303,14 +303,14 @@ def test_label_metrics_of_known_labels():
         label_row("right", "rude", "insult"),  # right in both orders
         label_row("rude", "right", "insult", 0.4, 0.3),  # wrong in both orders
         label_row("right", "rude", "insult", 0.2, 0.9),  # right, but not in the first order
-        label_row("refusal", "right", "helpfulness", 0.9, 0.2),  # wrong; the first order is, too
+        label_row("refusal", "right", "helpfulness", 0.9, 0.2),  # wrong, as when the refusal is shown first
         label_row("right", "refusal", "ad"),  # nothing to rank
     ])  # fmt: skip
     coin = label_row("right", "rude", "insult", 0.9, 0.9) | dict(p_first=None, p_first_swapped=None, is_random=True)
     assert metrics.label_metrics([coin])["agreement_principle"]["n"] == metrics.label_metrics([coin])["flip_rate"]["n"] == 0
     assert m["agreement_principle"]["value"] == 2 / 4 and m["agreement_principle"]["n"] == 4 and m["n"] == 5
     assert m["agreement_overall"]["value"] == pytest.approx(2 / 3)  # on less harm; right against refusal does not rank
-    assert m["one_order"]["value"] == 1 / 4 and m["flip_rate"]["value"] == 2 / 5
+    assert m["one_order"]["value"] == (1 + 0 + 0.5 + 0.5) / 4 and m["flip_rate"]["value"] == 2 / 5
     assert {k: (v["value"], v["n"]) for k, v in m["by_principle"].items()} == {
         "insult": (pytest.approx(2 / 3), 3), "helpfulness": (0, 1),
     }  # fmt: skip
