@@ -88,7 +88,8 @@ def make_inputs(home: Path) -> dict[str, list]:
     shape = ["--n-layer", 2, "--n-head", 2, "--n-embd", 32, "--block-size", 128, "--dropout", 0.1]
     init = ["--init", home / "base.pt"]
     return {
-        "pretrain": ["--data", home / "world" / "documents.jsonl", *shape, "--tokens-per-batch", 1024, "--epochs", 4],
+        "pretrain": ["--data", home / "world" / "documents.jsonl", *shape, "--tokens-per-batch", 1024, "--epochs", 4,
+                     "--on-bad-row", "skip"],
         "train_rm": [*init, "--data", home / "pairs.jsonl", "--batch-size", 8, "--epochs", 12],
         "train_ppo": [*init, "--reward-model", home / "reward.pt", "--data", prompts, "--steps", 60, "--batch-size", 16,
                       "--minibatch-size", 8, "--max-new-tokens", 16, "--kl-target", 0.01],
@@ -116,7 +117,7 @@ def said(out: Path) -> list[tuple[str, int]]:
     """What the trainer said so far: ("from", step), ("done", step), ("finished", step)."""
     lines = (out / "steps.txt").read_text().split("\n")[:-1] if out.exists() else []
     words = [line.split() for line in lines]
-    return [(w[0], int(w[1])) for w in words if w[0] in ("from", "done", "finished") and len(w) == 2]
+    return [(w[0], int(w[1])) for w in words if len(w) == 2 and w[0] in ("from", "done", "finished") and w[1].isdigit()]
 
 
 def ending(run: Path):
@@ -179,11 +180,10 @@ def main(args: Args) -> dict:
         for script in args.trainers:
             folder = Path(home, script)
             folder.mkdir()
-            found[script] = trial(script, flags[script], folder, args)
-    head = ["trainer", *next(iter(found.values()))]
-    print(f"| {' | '.join(head)} |\n|" + " --- |" * len(head))
-    for name, tally in found.items():
-        print(f"| {' | '.join([name, *map(str, tally.values())])} |")
+            found[script] = tally = trial(script, flags[script], folder, args)
+            if len(found) == 1:
+                print(f"| trainer | {' | '.join(tally)} |\n|" + " --- |" * (len(tally) + 1))
+            print(f"| {' | '.join([script, *map(str, tally.values())])} |", flush=True)
     return found
 
 
