@@ -22,7 +22,7 @@ import distill
 import pretrain
 import train_ppo
 import train_rm
-from minirlaif import trainer
+from minirlaif import lora, trainer
 from minirlaif.cli import UserError
 from minirlaif.heads import RewardModel
 from minirlaif.model import GPT, GPTConfig
@@ -33,10 +33,10 @@ SCRIPTS = {"pretrain": pretrain, "train_rm": train_rm, "train_ppo": train_ppo, "
 DEAD = 77
 
 # Where an attempt dies: after the n-th step of an optimizer, from the third step of the run on; or in its first save_state, or in
-# save_model, before the n-th of: fsync of the metrics, torch.save (half is written), fsync of the temporary file, the rename of
-# the old file, that of the new one, fsync of the folder; or after it. save_model has neither the first nor the fourth; args.json
+# lora.save, before the n-th of: fsync of the metrics, torch.save (half is written), fsync of the temporary file, the rename of
+# the old file, that of the new one, fsync of the folder; or after it. lora.save has neither the first nor the fourth; args.json
 # comes after it, which says that the run is finished: fsync, rename, fsync.
-EVERYWHERE = [("step", 3), *(("save_state", n) for n in range(1, 8)), *(("save_model", n) for n in range(1, 8))]
+EVERYWHERE = [("step", 3), *(("save_state", n) for n in range(1, 8)), *(("save", n) for n in range(1, 8))]
 SOME = [("step", 2), ("save_state", 5)]
 CASES = {f"{script}-{dtype}": EVERYWHERE if script == "train_ppo" and dtype == "fp32" else SOME
          for script in SCRIPTS for dtype in ("fp32", "bf16")}
@@ -135,7 +135,7 @@ def die_at(where, n):
     elif where == "save_state":
         trainer.Run.save_state = after(trainer.Run.save_state, arm)
     else:
-        trainer.save_model = after(trainer.save_model, arm)
+        lora.save = after(lora.save, arm)
 
 
 def attempt(script, args, point):
