@@ -70,7 +70,7 @@ class Args:
 
 
 class Models(NamedTuple):
-    policy: GPT
+    policy: GPT | lora.Adapter
     ref_policy: GPT  # frozen
     reward_model: RewardModel | rewards.TextReward  # frozen
     value_model: ValueModel
