@@ -75,6 +75,19 @@ def side(difference: dict) -> int:
     return (low > 0) - (high < 0)
 
 
+def pyplot(path):
+    """matplotlib.pyplot, or None and a line that says why there will be no `path`."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        print(f'no {Path(path).name}: matplotlib is not installed (pip install -e ".[plot]")')
+        return None
+    return pyplot
+
+
 def close(out: str, lines: list[str], began: float):
     """Print the report, and how long it took since `began` (time.monotonic)."""
     print("\n" + "\n".join(lines))

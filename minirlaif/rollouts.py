@@ -21,7 +21,7 @@ def write(path, step, tokenizer, stopped, n, rollout, ref_logprobs, rewards, sco
             where = x.mask[b]
             prompt, response = x.tokens[b, : int(where.int().argmax())].tolist(), x.tokens[b, where].tolist()
             row = {"step": step, "row": b, "prompt": tokenizer.decode(prompt), "score": float(scores[b])}
-            row["stopped"] = bool(stopped[b])
+            row |= {"stopped": bool(stopped[b]), "response": tokenizer.decode([i for i in response if i != tokenizer.eot])}
             row["tokens"] = [tokenizer.decode([i]) if i != tokenizer.eot else "<|endoftext|>" for i in response]
             row |= {name: [float(f"{v:.6g}") for v in grid[b, where].tolist()] for name, grid in zip(COLUMNS, grids, strict=True)}
             f.write(json.dumps(row).encode() + b"\n")

@@ -15,7 +15,7 @@ import label
 import pretrain
 import train_ppo
 import train_rm
-from experiments import common, label_quality, rlaif_rlhf
+from experiments import common, label_quality, ppo_curves, rlaif_rlhf
 from minirlaif import constitution, corpus, data, labelers, text, trainer, world
 from minirlaif.cli import UserError
 from minirlaif.metrics import gold_of, gold_prefers_chosen
@@ -238,6 +238,21 @@ def test_what_did_not_come_out_is_said():
     assert "stays below that of base" in base and "cannot be told from that of sl_cai" in sl
     assert "Against expectation" in inverted and "whatever it is told" in advertising
     assert "rises above that of base" in ad_base and "rises above that of sl_cai" in ad_sl
+
+
+# PPO step by step
+
+
+def test_curves_are_those_of_the_demos_own_ppo(run, tmp_path):
+    found = ppo_curves.main(ppo_curves.Args(runs=[str(run)], out=str(tmp_path)))
+    first, dumped = found["first"], rows_of(tmp_path / "first" / "rollouts" / "00000.jsonl")
+    demo = rows_of(run / "rl_cai" / "metrics.jsonl")[0]
+    assert first["objective/scores"] == [demo["objective/scores"]]  # dumping changes nothing
+    assert first["objective/kl_full"] == [0]
+    assert len(dumped) == 8
+    assert first["harm"] == [pytest.approx(np.mean([gold_of(row).harm for row in dumped]))]
+    shown = (tmp_path / "results.md").read_text()
+    assert all(f"| {title} | " in shown for title in ppo_curves.CURVES.values())
 
 
 # the form of labels, k-wise against shuffled
