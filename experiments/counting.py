@@ -127,7 +127,7 @@ def ideal() -> dict[str, dict[str, float]]:
 
 def train(seed: int, out: str, words: str, args: Args) -> dict:
     """Texts, base, fine-tuned and distilled model of a seed, each skipped if it is there -> {way: (model folder, context)}."""
-    pages, lines, asked = (600, 60, 30) if args.quick else (30000, 1000, 500)
+    pages, lines, asked = (300, 20, 30) if args.quick else (30000, 1000, 500)
     shape = dict(n_layer=1, n_head=2, n_embd=32) if args.quick else dict(n_layer=3, n_head=4, n_embd=64)
     rng = random.Random(f"counting {seed}")
     texts = {
@@ -142,7 +142,7 @@ def train(seed: int, out: str, words: str, args: Args) -> dict:
             data.write_jsonl(file, rows)
     base, same = f"{out}/base", dict(seed=seed, device=args.device, dtype="fp32", resume=True)
     pretrain.main(pretrain.Args(data=[f"{out}/pages.jsonl"], out=base, tokenizer=words, block_size=320, **shape, **same))
-    tuned = dict(init=base, epochs=50, lr=1e-3, warmup=5, out=f"{out}/tuned")
+    tuned = dict(init=base, epochs=5 if args.quick else 50, lr=1e-3, warmup=5, out=f"{out}/tuned")
     pretrain.main(pretrain.Args(data=[f"{out}/c.jsonl"], **tuned, **same))
     lines = [f"{out}/counts.jsonl", f"{out}/sentences.jsonl"]
     distill.main(distill.Args(model=base, data=lines, weights=[1, 1], preamble=C, epochs=2, out=f"{out}/distilled", **same))
