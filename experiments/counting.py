@@ -19,13 +19,19 @@ an ideal reader of these pages expects can be computed (`ideal`).
 
 Measured: P(64) after the inputs 1 ... 63 and 63, and P(n + 1) after 1 ... n and n for every n below 100; P(the line ends); and,
 as the tax, the log-loss on sentences from where it is plain that they are some. The design (pages, C, passes, learning rates;
-"high" is above 0.5, "low" below 0.1, "as prompted" within 0.05) was fixed before looking at any fine-tuned or distilled model;
+"high" is above 0.5, "low" below 0.1, near is within 0.05) was fixed before looking at any fine-tuned or distilled model;
 only the size of the pretraining was settled first, on a seed that is not reported, by how near the control comes to `ideal`.
 Intervals are the range of the seeds: that of three holds the median over all seeds in three cases of four.
 
 What the paper found (Askell et al. 2021, section 2.2; an example without figures): a model prompted with 1 ... 63 gives 64 a high
 probability; fine-tuned on that text it gives it a low one, as it has learnt that 63 ends; distillation is the way to have the
 former in the weights.
+
+What came out here, on seeds 0, 1 and 2: the shape agrees. After 1 ... 63 the prompted model gives 64 a probability of 0.98, the
+fine-tuned one less than 0.0001, the distilled one 0.96; but so does no intervention, 0.97. After 63: no intervention 0.52,
+prompted 0.97, fine-tuned less than 0.0001, distilled 0.94. What does not fit: on seed 2 the distilled model gives 64 after 63
+only 0.89, which is not near, against 0.96 for what follows 62: of all n below 100 it falls short of the prompted model most at
+63, which its text left out. And this small base makes more of C than an ideal reader, who stops at 0.86.
 """
 
 import functools
@@ -151,7 +157,8 @@ def train(seed: int, out: str, words: str, args: Args) -> dict:
 
 @torch.no_grad()
 def measure(model, encode, eot: int, context: str, held_out: list[str]) -> dict:
-    """-> {input: {"P(64)", "P(the line ends)"}}, "curves" {input: P(n + 1) for n from 1}, and "loss" on sentences."""
+    """-> {input: {"P(64)", "P(the line ends)", "P(n + 1)": mean over all n below 100}}, "curves" {input: P(n + 1) for n from 1},
+    and "loss" on sentences."""
     head, numbers = encode(context + "\n"), encode(count(1, SHOWN))[1:]
     ends = [*encode("\n"), eot]
     long = model(torch.tensor([head + numbers[:-1]], device=model.device))[0, len(head) :]
@@ -162,6 +169,7 @@ def measure(model, encode, eot: int, context: str, held_out: list[str]) -> dict:
         curve = p[torch.arange(SHOWN - 1), numbers[1:]].tolist()
         found["curves"][name] = curve
         found[name] = {"P(64)": curve[LAST - 1], "P(the line ends)": float(p[LAST - 1, ends].sum())}
+        found[name]["P(n + 1)"] = sum(curve) / len(curve)
     # from the third word on: the number may begin a count, and the thing after it says that it does not
     rows, start = [encode(context) + encode(line) for line in held_out], len(head) + 2
     tokens = torch.tensor(rows, device=model.device)  # sentences are of one length
@@ -191,7 +199,8 @@ def over(seeds: dict, *keys) -> list[float]:
 
 
 def spread(values: list[float]) -> str:
-    return f"{sum(values) / len(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
+    found = (sum(values) / len(values), min(values), max(values))
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*(round(x, 3) + 0.0 for x in found))  # no -0.000
 
 
 def verdicts(seeds: dict) -> list[str]:
@@ -204,9 +213,10 @@ def verdicts(seeds: dict) -> list[str]:
         lines.append(f"- After {name}, fine-tuned on C: P(64) = {spread(tuned)}, {'low' if low else 'NOT low'} on every seed.")
         if name == INPUTS[0]:  # the only one of the paper
             lines[-1] += f" The paper's shape (high and low): {'agrees' if high and low else 'does NOT agree'}."
-        close = all(abs(a - b) <= NEAR for a, b in zip(distilled, prompted, strict=True))
-        found = "as the prompted model on every seed" if close else f"NOT within {NEAR} of the prompted model on every seed"
-        lines.append(f"- After {name}, distilled: P(64) = {spread(distilled)}, {found}.")
+        near = sum(abs(a - b) <= NEAR for a, b in zip(distilled, prompted, strict=True))
+        lines.append(
+            f"- After {name}, distilled: P(64) = {spread(distilled)}, within {NEAR} of prompted on {near} of {len(seeds)} seeds."
+        )
         gap = [a - b for a, b in zip(prompted, none, strict=True)]
         if min(none) > HIGH and max(gap) <= NEAR:
             control = "high without any intervention, so that this input shows what fine-tuning breaks and not what C does"
@@ -237,10 +247,11 @@ def report(results: dict) -> list[str]:
             lines.append(f"| {' | '.join(cells + ([exact.get(name, '')] if exact else []))} |")
         lines.append("")
 
-    for name in INPUTS:
+    for name, given in zip(INPUTS, ("1 … n", "n"), strict=True):
         exact = {way: f"{p[name]:.3f}" for way, p in truth.items()}
         table(f"P(64) after {name}", {way: (way, name, "P(64)") for way in WAYS}, exact)
         table(f"P(the line ends) after {name}", {way: (way, name, "P(the line ends)") for way in WAYS})
+        table(f"P(n + 1) after {given}, mean of n below {SHOWN}", {way: (way, name, "P(n + 1)") for way in WAYS})
     table("log-loss on sentences (nats a token)", {way: (way, "loss") for way in WAYS})
     table("KL to the prompted model (nats a token)", {when: ("distilled", "kl", when) for when in ("before", "after")})
     return lines[:-1]
@@ -267,7 +278,7 @@ def plot(results: dict, path: Path):
                 bars.plot([at - 0.09, at + 0.09], [truth[way][name]] * 2, color="black", linewidth=1)
         for axis, name in zip(curves, INPUTS, strict=True):
             mean = torch.tensor(over(seeds, way, "curves", name)).mean(0)
-            axis.plot(range(1, SHOWN), mean, color=f"C{k}", linewidth=1.2)
+            axis.plot(range(1, SHOWN), mean, color=f"C{k}", linewidth=4 if way == "prompted" else 1.2)
     bars.set(xticks=range(len(INPUTS)), xticklabels=[f"after {name}" for name in INPUTS], ylabel="P(64)", ylim=(0, 1.05))
     bars.set_title("dots: seeds; lines: the ideal reader", fontsize=9)
     figure.legend(*bars.get_legend_handles_labels(), loc="outside upper center", ncols=len(WAYS))
