@@ -259,13 +259,8 @@ def report(results: dict) -> list[str]:
 
 def plot(results: dict, path: Path):
     """Bars of P(64), a dot a seed, and P(n + 1) for every n; nothing where matplotlib is not installed."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-    except ImportError:
-        print(f'no {path.name}: matplotlib is not installed (pip install -e ".[plot]")')
+    plt = common.pyplot(path)
+    if plt is None:
         return
     seeds, truth = results["seeds"], results["ideal"]
     figure, (bars, *curves) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained", width_ratios=(1.3, 1, 1))

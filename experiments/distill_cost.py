@@ -154,13 +154,8 @@ def report(cases: dict) -> list[str]:
 
 def plot(cases: dict, path: Path):
     """Times of the distilled model's over the length of C, a panel a case; nothing where matplotlib is not installed."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-    except ImportError:
-        print(f'no {path.name}: matplotlib is not installed (pip install -e ".[plot]")')
+    plt = common.pyplot(path)
+    if plt is None:
         return
     figure, axes = plt.subplots(1, len(cases), figsize=(4.3 * len(cases), 3.4), layout="constrained", squeeze=False)
     for axis, (case, found) in zip(axes[0], cases.items(), strict=True):

@@ -275,13 +275,8 @@ def report(runs: dict) -> list[str]:
 
 def plot(runs: dict, path: Path):
     """Agreement way by way, and calibration; nothing where matplotlib is not installed."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-    except ImportError:
-        print(f'no {path.name}: matplotlib is not installed (pip install -e ".[plot]")')
+    plt = common.pyplot(path)
+    if plt is None:
         return
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for k, (run, found) in enumerate(runs.items()):
