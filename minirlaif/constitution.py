@@ -54,10 +54,14 @@ class _Broken(Exception):
     """What is wrong with a file, without its name."""
 
 
+def path_of(name: str) -> Path:
+    return BUNDLED / f"{name}.json" if re.fullmatch(r"\w+", name) else Path(name)
+
+
 @functools.cache
 def load(name: str) -> Constitution:
     """A bundled constitution by name ("toy"), or a file by path. UserError names the file and the key that is wrong."""
-    path = BUNDLED / f"{name}.json" if re.fullmatch(r"\w+", name) else Path(name)
+    path = path_of(name)
     if not path.exists():
         bundled = ", ".join(sorted(p.stem for p in BUNDLED.glob("*.json")))
         raise UserError(f"{name}: no such constitution; give a .json file or one of: {bundled}")

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from minirlaif import ddp
+from minirlaif import constitution, ddp
 from minirlaif.cli import UserError
 from minirlaif.data import atomic_write, sync
 from minirlaif.heads import RewardModel
@@ -166,7 +166,7 @@ class Run:
                     raise UserError(f"{out}: finished, but {gone[0]} is gone; give another --out to make it again")
                 print(f"{out}: finished already, nothing to do")
             else:
-                _check_same_inputs(out, stored.get("inputs", {}))
+                _check_same_inputs(out, stored.get("inputs", {}), self.info["inputs"])
             self.info |= stored
             torch.set_num_threads(self.info["threads"])
         else:
@@ -321,11 +321,16 @@ def _check_same_flags(out, stored, asked):
 
 def _hashes(asked):
     """{path: hash} of every file or model that a flag names, since a resumed run must read what it began with."""
-    # policies are NAME=PATH or NAME=PATH+preamble, judges PATH,option=value, rewards judge:PATH,option=value
-    values = [v for name, value in asked.items() if name != "out" for v in (value if isinstance(value, list) else [value])]
-    names = {v: re.sub(r"^(judge:|\w+=)|\+preamble$|,.*", "", v) for v in values if isinstance(v, str) and v}
-    files = {v: _model_file(name) for v, name in names.items() if name}
-    return {v: _digest(file, file.with_name("adapter.pt")) for v, file in files.items() if file.is_file()}
+    # policies are NAME=PATH or NAME=PATH+preamble, judges PATH,option=FILE, rewards judge:PATH,constitution=FILE
+    values = [(flag, v) for flag, value in asked.items() for v in (value if isinstance(value, list) else [value])]
+    files = {}
+    for flag, value in values:
+        for part in {value, *value.split(",")} if isinstance(value, str) and flag != "out" else ():
+            if name := re.sub(r"^(judge:|\w+=)|\+preamble$", "", part):
+                if flag == "constitution" or part.startswith("constitution="):
+                    name = str(constitution.path_of(name))
+                files[name] = _model_file(name)
+    return {name: _digest(file, file.with_name("adapter.pt")) for name, file in files.items() if file.is_file()}
 
 
 def _digest(file, adapter):
@@ -334,9 +339,9 @@ def _digest(file, adapter):
     return hashlib.sha256(file.read_bytes() + (adapter.read_bytes() if both else b"")).hexdigest()[:16]
 
 
-def _check_same_inputs(out, stored):
-    for path, digest in _hashes(dict(enumerate(stored))).items():
-        if digest != stored[path]:
+def _check_same_inputs(out, stored, now):
+    for path, digest in now.items():
+        if digest != stored.get(path, digest):
             raise UserError(f"{out}: {path} has changed since this run began; give another --out to start again")
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minirlaif import cli, trainer
+from minirlaif import cli, constitution, trainer
 from minirlaif.cli import UserError
 from minirlaif.heads import RewardModel
 from minirlaif.model import GPT, GPTConfig
@@ -202,6 +202,35 @@ def test_resume_needs_the_same_flags(tmp_path):
     with pytest.raises(UserError, match=r"a: --lr was 0.01 in this run, not 0.02"):
         trainer.Run(args.out, replace(args, lr=0.02), resume=True)
     trainer.Run(args.out, replace(args, device="auto", resume=True), resume=True).close()
+
+
+@dataclass
+class ManyArgs(Args):
+    judge: list[str] = ()
+    policies: list[str] = ()
+    reward_model: str = ""
+    constitution: str = "mine"
+
+
+INPUTS = ["judge.pt", "shots.txt", "words.txt", "policy/model.pt", "reward.pt", "mine.json", "own.json"]
+
+
+@pytest.mark.parametrize("changed", INPUTS)
+def test_every_file_that_a_flag_names_must_stay(tmp_path, monkeypatch, changed):
+    """Those inside the spec of a judge too, and a constitution that is given by its name."""
+    monkeypatch.setattr(constitution, "BUNDLED", tmp_path)
+    (tmp_path / "policy").mkdir()
+    for name in INPUTS:
+        (tmp_path / name).write_text("once")
+    judge = f"{tmp_path}/judge.pt,cot=1,exemplars={tmp_path}/shots.txt,preamble={tmp_path}/words.txt"
+    reward = f"judge:{tmp_path}/reward.pt,constitution={tmp_path}/own.json"
+    args = ManyArgs(str(tmp_path / "a"), judge=[judge], policies=[f"sl={tmp_path}/policy+preamble"], reward_model=reward)
+    trainer.Run(args.out, args).save_state({})
+    trainer.Run(args.out, args, resume=True).close()
+    (tmp_path / changed).write_text("twice")
+    shown = f"{tmp_path}/{changed}".removesuffix("/model.pt")  # as it was typed
+    with pytest.raises(UserError, match=f"a: {shown} has changed since this run began"):
+        trainer.Run(args.out, args, resume=True)
 
 
 def test_dtype_and_threads_are_decided_once(tmp_path, monkeypatch):
