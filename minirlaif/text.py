@@ -31,6 +31,7 @@ def options(prompt: str, responses: list[str]) -> str:
     """A conversation and its candidate responses, ready for questions."""
     return (
         "Consider this conversation."
+        + ("" if prompt.startswith("\n") else "\n\n")  # an article, which opens with no turn of a human
         + prompt
         + "".join(f"\n({letter}){response}" for letter, response in zip(CHOICES, responses, strict=False))
     )

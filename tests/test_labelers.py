@@ -212,6 +212,11 @@ def test_the_shared_beginning_changes_nothing_and_is_forwarded_once(make, model,
     assert sorted(ids for rows in read[1:] for ids in rows) == sorted(ids[head:] for ids in asked)
 
 
+def test_an_article_stands_apart_from_what_comes_before_it():
+    assert text.options("SUBREDDIT: r/x", [" a", " b"]) == "Consider this conversation.\n\nSUBREDDIT: r/x\n(A) a\n(B) b"
+    assert text.options("\n\nHuman: x", [" a", " b"]) == "Consider this conversation.\n\nHuman: x\n(A) a\n(B) b"
+
+
 def test_a_conversation_is_read_once_for_all_its_pairs(make, model, monkeypatch):
     judge, prompts = make(), [text.dialogue(ask * 5) for ask in ("fix the bike? ", "how do i open the door? ")]
     calls = [Call(prompt, pair, PRINCIPLE) for pair in PAIRS for prompt in prompts]
