@@ -53,7 +53,7 @@ class WinrateArgs:
 
     samples: list[str] = cli.arg(help="NAME=FILE, two or more: completions.jsonl, or samples.jsonl (its rows of the policy NAME)")
     judge: str = cli.arg(help="gold, a model or run folder, or NAME@URL of an endpoint; options after commas")
-    principle: str = cli.arg(help="what the judge is asked: the name of a principle of --constitution (its first wording)")
+    principle: str = cli.arg(help="what the judge is asked: a name in --constitution (its first wording), or a text")
     constitution: str = cli.arg("toy", "a bundled constitution by name, or a file")
     limit: int | None = cli.arg(None, "compare on the first so many samples of each policy")
     max_cost: float | None = cli.arg(None, "stop asking an endpoint when it has cost this much, in the unit of its price=")
@@ -292,9 +292,7 @@ def winrate(args: WinrateArgs) -> dict:
     if len(files) < 2 or len(files) < len(args.samples):
         raise cli.UserError("--samples: give two or more policies, each with its own name")
     samples = {name: read_samples(name, path, args.limit) for name, path in files.items()}
-    wordings = {p.name: p.text for p in reversed(constitution.load(args.constitution).preferences)}
-    if args.principle not in wordings:
-        raise cli.UserError(f"--principle {args.principle}: {args.constitution} has {', '.join(sorted(wordings))}")
+    asked = constitution.wording(args.constitution, args.principle)
     names, judge = list(samples), load_judge(args)
     keys = list(dict.fromkeys(key for rows in samples.values() for key in rows))
     number_of = {key: t for t, key in enumerate(keys)}
@@ -306,7 +304,7 @@ def winrate(args: WinrateArgs) -> dict:
         if not both:
             raise cli.UserError(f"--samples: {names[i]} and {names[j]} have no prompt in common")
         pairs = [(one[key], two[key]) for key in both]
-        outcomes, left_out = judged_outcomes(judge, wordings[args.principle], pairs, judge.name == "gold")
+        outcomes, left_out = judged_outcomes(judge, asked, pairs, judge.name == "gold")
         kept = [(x, key, pair) for x, key, pair in zip(outcomes, both, pairs, strict=True) if x is not None]
         if not kept:
             raise cli.UserError(f"{names[i]} against {names[j]}: the judge answered nothing ({listed(left_out)})")

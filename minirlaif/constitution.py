@@ -68,6 +68,16 @@ def load(name: str) -> Constitution:
     return _read(name, path, _parse)
 
 
+def wording(name: str, principle: str) -> str:
+    """What a judge is asked: the first wording of the preference of this name in the constitution `name`, or a text as it is.
+    UserError: a single word that is no name in it."""
+    wordings = {p.name: p.text for p in reversed(load(name).preferences) if p.name}
+    if principle not in wordings and len(principle.split()) < 2:
+        known = ", ".join(sorted(wordings)) or "principles without names"
+        raise UserError(f"--principle {principle}: {name} has {known}; or give a text, such as 'Choose the safer answer.'")
+    return wordings.get(principle, principle)
+
+
 @functools.cache
 def load_few_shot(name: str) -> str:
     """Worked examples of critique and revision as one text, to go before a conversation.

@@ -153,6 +153,16 @@ def test_the_real_files():
             load(str(folder / f"{name}.json"))
 
 
+def test_what_a_judge_is_asked_is_a_name_or_a_text(tmp_path):
+    assert constitution.wording("toy", "harm") == load("toy").preferences_for("harm")[0].text
+    assert constitution.wording("toy", "Choose the shorter.") == "Choose the shorter."
+    unnamed = write(tmp_path, ["Choose the better one. Options:", "Choose the nicer. Options:"], "paper.json")
+    assert constitution.wording(unnamed, "Choose the nicer.") == "Choose the nicer."
+    for name, part in (("toy", "wit: toy has ad, bias"), (unnamed, f"wit: {unnamed} has principles without names")):
+        with pytest.raises(UserError, match=f"--principle {part}.*or give a text"):
+            constitution.wording(name, "wit")
+
+
 # examples
 
 SHOT = "\n\nHuman: a?\n\nAssistant: b.\n\nCritiqueRequest: c?\n\nCritique: d.\n\nRevisionRequest: e.\n\nRevision: f."

@@ -199,9 +199,11 @@ def test_win_rates_of_a_judge_that_likes_length(tmp_path, judged_by):
 
 def test_a_judge_that_likes_a_place_finds_ties_only(tmp_path, judged_by):
     path = samples(tmp_path / "s.jsonl", a=" yes.", b=" no.")
-    judged_by(lambda first, second: 0.9)
-    found = winrate(WinrateArgs(samples=[f"a={path}", f"b={path}"], judge="x", principle="harm"))["pairs"]["a against b"]
+    judge = judged_by(lambda first, second: 0.9)
+    asked = "Choose the shorter one."  # a text, as in hhh
+    found = winrate(WinrateArgs(samples=[f"a={path}", f"b={path}"], judge="x", principle=asked))["pairs"]["a against b"]
     assert found["ties"] == len(HARMLESS) and found["value"] == found["length_corrected"]["value"] == 0.5
+    assert {call.principle for call in judge.calls} == {asked}
 
 
 def test_samples_are_paired_by_prompt_and_turn(tmp_path, judged_by):
