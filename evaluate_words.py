@@ -28,7 +28,7 @@ class HHHArgs:
     data: str = cli.arg(help="438HHHEvaluations.jsonl of anthropics/ConstitutionalHarmlessnessPaper (rows may have a category)")
     judge: str = cli.arg(help="a model or run folder, or NAME@URL of an endpoint; options after commas")
     principle: str | None = cli.arg(None, "what the judge is asked; default: what each row of the file asks")
-    constitution: str = cli.arg("harmless", "constitution whose preamble an endpoint gets as its system prompt")
+    constitution: str = cli.arg("harmless", "constitution whose preamble for judges is used (see minirlaif/judges.py)")
     limit: int | None = cli.arg(None, "use the first so many rows")
     max_cost: float | None = cli.arg(None, "stop asking an endpoint when it has cost this much, in the unit of its price=")
     on_bad_row: str = cli.arg("error", "a row that cannot be used: stop, or skip and count it", choices=["error", "skip"])
@@ -193,6 +193,7 @@ def label_lines(r: dict) -> dict:
         "failed": cell(r["failed"]),
         "failed in part": cell(r["partly_failed"]),
         "errors": listed(r["errors"]),
+        "kinds of labels": listed(r["kinds"]),
         "tokens, prompt + completion": f"{r['prompt_tokens']} + {r['completion_tokens']}",
         "labels a second": number(r["labels_per_second"], 1),
         "cost of a label": number(r["cost_per_label"], 6),

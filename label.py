@@ -8,22 +8,23 @@ First the responses: all come from the policy, but a reward model is asked about
 `--contrast-share` of the responses after the first come from elsewhere, in turn: `--contrast` (the base), the policy at
 temperature 1.6, the answer to another prompt (`--others`). They are kept in candidates.jsonl. Then the labels: every pair,
 in both orders, by every judge, each answer journaled as it comes: kill this at any moment, run it again with --resume, and
-nothing that was received is lost or asked again. `minirlaif/judges.py` says how a judge is written.
+nothing that was received is lost or asked again. A call that a server does not answer at all is no failed label: it is asked
+by the next run with --resume, and until then there is no preferences.jsonl. `minirlaif/judges.py` says how a judge is written.
 """
 
+import functools
 import random
 import statistics
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
-from itertools import combinations
-from pathlib import Path
+from dataclasses import dataclass
 
 from tqdm import tqdm
 
 from minirlaif import cli, constitution, data, judges, trainer
 from minirlaif.journal import Journal
-from minirlaif.labelers import Answer, Call, Label, LocalJudge, combine
+from minirlaif.labelers import Answer, Label, LocalJudge, combine
+from minirlaif.pairs import Pair, flip_rate, labels_by_rank, pairs_of, record
 from minirlaif.sampling import generate
 
 CLAMPS = {"off": None, "20-80": (0.2, 0.8), "40-60": (0.4, 0.6)}  # Bai et al. 2022, §4.1: for judges that reason
@@ -45,7 +46,9 @@ class Args:
     per_pair: int = cli.arg(1, "principles drawn for each pair, 1-16; the label is the mean over them and over the judges")
     average: str = cli.arg("probability", "what is averaged over the two orders", choices=["probability", "logit"])
     clamp: str = cli.arg("off", "keep a label within these per cents, for judges that reason", choices=list(CLAMPS))
-    on_failure: str = cli.arg("drop", "a pair without a label: no label, or a marked coin flip", choices=["drop", "random"])
+    on_failure: str = cli.arg(
+        "drop", "a pair whose answers cannot be read: no label, or a marked coin flip", choices=["drop", "random"]
+    )
     max_cost: float | None = cli.arg(None, "stop when the endpoints have cost this much, in the unit of their price=")
     limit: int | None = cli.arg(None, "use the first so many prompts")
     temperature: float = cli.arg(1.0, "sampling temperature")
@@ -107,126 +110,6 @@ def candidates_of(prompts, responses, sources) -> list[dict]:
     ]
 
 
-# ---- pairs and labels -----------------------------------------------------------------------------------------------
-
-
-def fault_of(row: dict, i: int, j: int) -> str | None:
-    """Why responses i and j cannot be compared, if they cannot."""
-    if not all(row.get("stopped", [True] * (j + 1))[k] for k in (i, j)):
-        return "cut off"
-    if not all(row["responses"][k].strip() for k in (i, j)):
-        return "empty"
-    return "same response twice" if row["responses"][i] == row["responses"][j] else None
-
-
-@dataclass
-class Pair:
-    """Two responses to a prompt, and the principles that they are judged under."""
-
-    row: dict
-    number: int  # of the row: the group that its pairs form
-    i: int
-    j: int
-    principles: list
-
-    def calls(self, judge: int):
-        """[(key in the journal, Call)]: for each principle, both orders."""
-        shown = self.row["responses"][self.i], self.row["responses"][self.j]
-        return [
-            (f"{self.number}/{self.i}/{self.j}/{judge}/{n}/{order}", Call(self.row["prompt"], pair, p.text))
-            for order, pair in enumerate((shown, shown[::-1]))
-            for n, p in enumerate(self.principles)
-        ]
-
-
-def pairs_of(rows: list[dict], first: int, principles, per_pair: int, rng: random.Random) -> tuple[list[Pair], Counter]:
-    """All pairs of these rows (the first of them has this number) that can be compared, and the faults of the others."""
-    pairs, left_out = [], Counter()
-    for number, row in enumerate(rows, first):
-        for i, j in combinations(range(len(row["responses"])), 2):
-            drawn = rng.sample(principles, min(per_pair, len(principles)))
-            if fault := fault_of(row, i, j):
-                left_out[fault] += 1
-            else:
-                pairs.append(Pair(row, number, i, j, drawn))
-    return pairs, left_out
-
-
-def ask(judge, calls: list[tuple[str, Call]], journal: Journal):
-    """Put the answers to (key, call)s into the journal.
-
-    A paid judge is asked only for what is missing, and each answer is on the disk before the next is looked at. A local one
-    is asked for the whole batch again, in the same company: then an interrupted run ends with the same bits.
-    """
-    missing = [(key, call) for key, call in calls if key not in journal]
-    if judge.paid:
-        keys = [key for key, _ in missing]
-        judge.ask([call for _, call in missing], on_answer=lambda i, answer: journal.add({keys[i]: asdict(answer)}))
-    elif missing:
-        answers = judge.ask([call for _, call in calls])
-        journal.add({key: asdict(answer) for (key, _), answer in zip(calls, answers, strict=True)})
-
-
-def labels_of(pair: Pair, judge: int, journal: Journal, args: Args) -> list[Label]:
-    """One Label for each principle of the pair."""
-    answers = [Answer(**journal[key]) for key, _ in pair.calls(judge)]
-    half = len(answers) // 2
-    return [combine(a, b, args.average, CLAMPS[args.clamp]) for a, b in zip(answers[:half], answers[half:], strict=True)]
-
-
-def labels_by_rank(pair: Pair) -> list[Label]:
-    """A human's order: certain, or a tie."""
-    a, b = (pair.row["ranks"][k] for k in (pair.i, pair.j))
-    p = 0.5 if a == b else float(a < b)
-    return [Label(p, p, p)]
-
-
-def record(pair: Pair, labels: list[Label], judge: str, on_failure: str = "drop", rng: random.Random | None = None) -> dict:
-    """A row of preferences.jsonl from all labels of a pair (judges x principles): their mean, and how far they disagree."""
-
-    def mean(values):
-        return round(statistics.fmean(values), 6) if values else None
-
-    good = [label for label in labels if label.p is not None]
-    p = statistics.fmean(label.p for label in good) if good else None
-    status = "failed" if p is None else "tie" if round(p, 6) == 0.5 else "ok"
-    is_random = p is None and on_failure == "random"
-    if is_random:  # as if it were certain, but marked
-        p = float(rng.random() < 0.5)
-    first_is_chosen = p is None or p >= 0.5
-    chosen, rejected = (pair.row["responses"][k] for k in ((pair.i, pair.j) if first_is_chosen else (pair.j, pair.i)))
-    sources = pair.row.get("sources", ["candidates"] * (pair.j + 1))
-    return dict(
-        prompt=pair.row["prompt"],
-        chosen=chosen,
-        rejected=rejected,
-        p_chosen=None if p is None else round(max(p, 1 - p), 6),
-        group=pair.number,
-        status=status,
-        labeler=judge,
-        principle=" / ".join(principle.text for principle in pair.principles),
-        principle_name="+".join(principle.name for principle in pair.principles),
-        source="+".join(sorted({sources[k] for k in (pair.i, pair.j)} - {"policy"})) or "policy",
-        p_first=mean([label.p_first for label in good]),
-        p_first_swapped=mean([label.p_first_swapped for label in good]),
-        **({"each": [[round(x.p_first, 6), round(x.p_first_swapped, 6)] for x in good]} if len(labels) > 1 else {}),
-        disagreement=round(statistics.pstdev([label.p for label in good]), 6) if good else None,
-        first_is_chosen=first_is_chosen,
-        is_random=is_random,
-        error="; ".join(dict.fromkeys(label.error for label in labels if label.error)) or None,
-        **({"human_p": labels_by_rank(pair)[0].p} if pair.row.get("ranks") and judge != "ranks" else {}),
-        prompt_tokens=sum(label.prompt_tokens for label in labels),
-        completion_tokens=sum(label.completion_tokens for label in labels),
-        cost=sum(label.cost for label in labels),
-    )
-
-
-def flip_rate(rows: list[dict]) -> float:
-    """How often the same position won in both orders."""
-    judged = [r for r in rows if r["p_first"] is not None]
-    return sum((r["p_first"] > 0.5) != (r["p_first_swapped"] > 0.5) for r in judged) / max(1, len(judged))
-
-
 # ---- the script -----------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +129,8 @@ def check(args: Args):
     if not 0 <= args.contrast_share <= 1:
         raise cli.UserError(f"--contrast-share {args.contrast_share}: must be in 0-1")
     cli.require_positive(args, "batch_size", "max_new_tokens", "temperature", "limit", "per_pair", "max_cost")
+    if args.max_cost is not None and not any("://" in judge for judge in args.judge):
+        raise cli.UserError("--max-cost: no --judge is an endpoint, and the others cost nothing")
 
 
 def read_rows(args: Args, path: str, models, tokenizer) -> list[dict]:
@@ -282,7 +167,6 @@ def main(args: Args) -> dict:
     device = trainer.resolve_device(args.device)
     models = [trainer.load_gpt(m, device) for m in (args.policy, args.contrast) if m]
     tokenizer = trainer.tokenizer_of(*(m for m in (args.policy, args.contrast) if m)) if models else None
-    policy, contrast = (*models, None, None)[:2]
     principles = read_principles(args)
     # before there is a run folder: a judge that cannot be, or a password in its URL, should leave nothing behind
     specs = [spec for spec in args.judge if spec != "ranks"]
@@ -294,76 +178,118 @@ def main(args: Args) -> dict:
     with trainer.Run(args.out, args, args.resume) as run:
         if run.finished:
             return {}
-        state, file = run.load_state(), Path(args.out) / "journal.jsonl"
-        if state is None:
-            state = {"step": 0, "candidates": [], "judged": 0}
-            file.unlink(missing_ok=True)
-            run.save_state(state)  # before the first answer: from here on it takes --resume, and the same flags
-        journal = Journal(file)
-        for judge in every:
-            if isinstance(judge, LocalJudge):
-                judge.dtype = run.resolve_dtype(device, judge.model)
-        found = rows if args.candidates else state["candidates"]
-        if not args.candidates:
-            dtype = run.resolve_dtype(device, policy)
-            bar = tqdm(chunks[state["step"] :], desc="respond", unit="batch", dynamic_ncols=True)
-            for step, chunk in enumerate(bar, state["step"]):
-                prompts = [rows[i]["prompt"] for i in chunk]
-                said = respond(args, prompts, others, policy, contrast, tokenizer, device, dtype, step)
-                found += candidates_of(prompts, *said)
-                run.end_step(step + 1, lambda found=found: {"candidates": found, "judged": 0})
-            data.write_jsonl(Path(args.out) / "candidates.jsonl", found)
-            if state["step"] < len(chunks):  # an answer in the journal must find the responses that it was about
-                run.save_state({"step": len(chunks), "candidates": found, "judged": 0})
-
-        done, left_out, started = [], Counter(), time.monotonic()
-        spent = sum(record["cost"] for record in journal.records.values())
-        bar = tqdm(chunks, desc="label", unit="batch", dynamic_ncols=True)
-        for step, chunk in enumerate(bar):
-            rng = random.Random(f"{args.seed} principles {step}")
-            pairs, faults = pairs_of([found[i] for i in chunk], chunk.start, principles, args.per_pair, rng)
-            left_out += faults
-            for n, judge in enumerate(every):
-                judge.spent = spent
-                ask(judge, [call for pair in pairs for call in pair.calls(n)], journal)
-                spent = sum(record["cost"] for record in journal.records.values())
-            for pair in pairs:
-                try:
-                    labels = [x for n in range(len(every)) for x in labels_of(pair, n, journal, args)] or labels_by_rank(pair)
-                except KeyError:
-                    raise cli.UserError(
-                        f"{args.out}: --max-cost {args.max_cost} is reached ({spent:.4f} spent, {len(done)} labels so far); "
-                        "nothing is lost: go on with --resume and a higher --max-cost"
-                    ) from None
-                coin = random.Random(f"{args.seed} coin {pair.number} {pair.i} {pair.j}")
-                done.append(record(pair, labels, "+".join(args.judge), args.on_failure, coin))
-            speed = len(done) / (time.monotonic() - started)
-            cost = {"cost": f"{spent:.4f}"} if spent else {}
-            bar.set_postfix(labels=len(done), flips=f"{flip_rate(done):.2f}", labels_s=f"{speed:.0f}", **cost)
-            if step < state["judged"]:
-                continue  # logged and saved by the run that this one continues
-            run.log(step, labels=len(done), left_out=left_out.total(), flip_rate=flip_rate(done), labels_per_second=speed)
-            kept = {"candidates": [] if args.candidates else found, "judged": step + 1}
-            run.end_step(len(chunks) + step + 1, lambda kept=kept: kept)
+        with Journal(run.folder / "journal.jsonl") as journal:
+            state = run.load_state()
+            if state is None:
+                journal.clear()
+                state = {"step": 0, "candidates": [], "judged": 0}
+                run.save_state(state)  # before the first answer: from here on it takes --resume, and the same flags
+            for judge in every:
+                if isinstance(judge, LocalJudge):
+                    judge.dtype = run.resolve_dtype(device, judge.model)
+            if args.data:
+                sample_all(args, run, state, chunks, [row["prompt"] for row in rows], others, models, tokenizer, device)
+                data.write_jsonl(run.folder / "candidates.jsonl", state["candidates"])
+            found, work = state["candidates"] or rows, []
+            for step, chunk in enumerate(chunks):
+                rng = random.Random(f"{args.seed} principles {step}")
+                work.append(pairs_of([found[i] for i in chunk], chunk.start, principles, args.per_pair, rng))
+            done, spent = label(args, run, state, journal, every, work), journal.cost
+        left_out = sum((faults for _, faults in work), Counter())
         if not any(row["p_chosen"] is not None for row in done):
             errors = Counter(row["error"] for row in done)
             what = f"no pair could be labelled ({dict(left_out + errors)})"
             raise cli.UserError(f"{args.out}: {what}; its journal keeps failures too, so give another --out to ask again")
-        data.write_jsonl(Path(args.out) / "preferences.jsonl", done)
+        data.write_jsonl(run.folder / "preferences.jsonl", done)
         run.finish()
     return summary(args, done, left_out, spent)
+
+
+def sample_all(args: Args, run, state: dict, chunks, prompts: list[str], others: list[str], models, tokenizer, device):
+    """Fill state["candidates"]: responses to all prompts."""
+    policy, contrast = (*models, None)[:2]
+    dtype, begun = run.resolve_dtype(device, policy), state["step"]
+    bar = tqdm(chunks[begun:], desc="respond", unit="batch", dynamic_ncols=True)
+    for step, chunk in enumerate(bar, begun):
+        asked = [prompts[i] for i in chunk]
+        said = respond(args, asked, others, policy, contrast, tokenizer, device, dtype, step)
+        state["candidates"] += candidates_of(asked, *said)
+        run.end_step(step + 1, lambda: {"candidates": state["candidates"], "judged": 0})
+    if begun < len(chunks):  # an answer in the journal must find the responses that it was about
+        run.save_state({"step": len(chunks), "candidates": state["candidates"], "judged": 0})
+
+
+def label(args: Args, run, state: dict, journal: Journal, every: list, work: list[tuple]) -> list[dict]:
+    """Ask every judge about the pairs of each chunk (work: pairs_of each of them) -> the rows of preferences.jsonl.
+
+    UserError: some calls got no answer, or the money ran out.
+    """
+    keys = [key for pairs, _ in work for pair in pairs for n in range(len(every)) for key, _ in pair.calls(n)]
+    held, per_label = sum(key in journal for key in keys), len(keys) / max(1, sum(len(pairs) for pairs, _ in work))
+    new, failures, spent, started = 0, 0, journal.cost, time.monotonic()
+    bar = tqdm(total=len(keys), initial=held, desc="label", unit="answer", dynamic_ncols=True)
+
+    def on_answer(answer):
+        nonlocal new, failures, spent
+        new, failures, spent = new + 1, failures + (answer.p is None), spent + answer.cost
+        bar.set_postfix(failed=failures, **({"cost": f"{spent:.4f}"} if spent else {}), refresh=False)
+        bar.update()
+
+    done, missing, left_out = [], [], 0
+    for step, (pairs, faults) in enumerate(work):
+        for n, judge in enumerate(every):
+            calls = dict(call for pair in pairs for call in pair.calls(n))
+            judge.spent = spent
+            ask = functools.partial(judge.ask, list(calls.values()))
+            answers = journal.fill(list(calls), ask, Answer, judge.paid, on_answer)
+            missing += [answer.error for key, answer in zip(calls, answers, strict=True) if key not in journal]
+        if any(error.startswith("stopped: ") for error in missing):
+            break
+        left_out += faults.total()
+        if not missing:
+            for pair in pairs:
+                labels = [x for n in range(len(every)) for x in labels_of(pair, n, journal, args)] or labels_by_rank(pair)
+                coin = random.Random(f"{args.seed} coin {pair.number} {pair.i} {pair.j}")
+                done.append(record(pair, labels, "+".join(args.judge), args.on_failure, coin))
+            if step < state["judged"]:
+                continue  # logged and saved by the run that this one continues
+            state["judged"] = step + 1
+            speed = new / per_label / (time.monotonic() - started) if new else None  # of this process: it knows no other's time
+            run.log(step, labels=len(done), left_out=left_out, flip_rate=flip_rate(done), labels_per_second=speed)
+        kept = {"candidates": state["candidates"], "judged": state["judged"]}
+        run.end_step(len(work) + state["judged"], lambda kept=kept: kept)
+    bar.close()
+    if any("--max-cost" in error for error in missing):
+        raise cli.UserError(
+            f"{args.out}: --max-cost {args.max_cost} is reached ({spent:.4f} spent, {len(done)} labels so far); "
+            "nothing is lost: go on with --resume and a higher --max-cost"
+        )
+    if missing:
+        raise cli.UserError(
+            f"{args.out}: {len(keys) - held - new} of {len(keys)} answers are missing, the first because {missing[0]}; "
+            "nothing is lost: run it again with --resume, which asks for these alone"
+        )
+    return done
+
+
+def labels_of(pair: Pair, judge: int, journal: Journal, args: Args) -> list[Label]:
+    """One Label for each principle of the pair."""
+    answers = [Answer(**journal[key]) for key, _ in pair.calls(judge)]
+    half = len(answers) // 2
+    return [combine(a, b, args.average, CLAMPS[args.clamp]) for a, b in zip(answers[:half], answers[half:], strict=True)]
 
 
 def summary(args: Args, done: list[dict], left_out: Counter, spent: float) -> dict:
     """Say what came out; what failed is never hidden."""
     sure = [row["p_chosen"] for row in done if row["p_chosen"] is not None]
-    status = Counter(row["status"] for row in done)
+    status, hard = Counter(row["status"] for row in done), sum(row["kind"] in ("verdict", "mixed") for row in done)
     print(
         f"{args.out}: {len(sure)} labels, mean p_chosen {statistics.fmean(sure):.3f}, flip rate {flip_rate(done):.3f}, "
         f"{status['tie']} ties, {status['failed']} failed ({sum(row['is_random'] for row in done)} of them random), "
-        f"cost {spent:.4f}; left out: {dict(left_out) or 'none'}"
+        f"{hard} from hard verdicts, cost {spent:.4f}; left out: {dict(left_out) or 'none'}"
     )
-    return {"n": len(sure), "flip_rate": flip_rate(done), "failed": status["failed"], "left_out": dict(left_out)}
+    left_out = dict(left_out)
+    return {"n": len(sure), "flip_rate": flip_rate(done), "failed": status["failed"], "hard": hard, "left_out": left_out}
 
 
 if __name__ == "__main__":

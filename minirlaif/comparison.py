@@ -97,6 +97,8 @@ def label_report(rows: list[dict]) -> dict:
 
     "orders", of the labels that hold both: what `one_order` gives; "mean probability"; "mean logit", which takes the same side
     as that, always, and differs in calibration alone.
+
+    "kinds": how many labels come from probabilities (soft), from hard choices (verdict), from both (mixed).
     """
     random = [bool(r.get("is_random")) for r in rows]
     failed = [x or r.get("p_chosen") is None or r.get("status") == "failed" for r, x in zip(rows, random, strict=True)]
@@ -150,6 +152,7 @@ def label_report(rows: list[dict]) -> dict:
         "failed": rate(failed, clusters),
         "partly_failed": rate([bool(r.get("error")) and not x for r, x in zip(rows, failed, strict=True)], clusters),
         "random": rate(random, clusters),
+        "kinds": dict(Counter(r["kind"] for r in rows if r.get("kind"))),
         "errors": dict(Counter(fault(r["error"]) for r in rows if r.get("error")).most_common(5)),
         "prompt_tokens": sum(r.get("prompt_tokens") or 0 for r in rows),
         "completion_tokens": sum(r.get("completion_tokens") or 0 for r in rows),

@@ -6,7 +6,7 @@
         preamble=plain                    words before everything: plain, detailed (minirlaif/text.py) or a FILE
     gpt-4o-mini@https://.../v1        an OpenAI-compatible endpoint (the key is read from OPENAI_API_KEY); options:
         concurrency=4 retries=4 timeout=30
-        price=0.15/0.6                    per 1,000 prompt and completion tokens
+        price=0.15/0.6                    per 1,000 prompt and completion tokens; 0/0: free, also under a --max-cost
         logprobs=0                        ask for JSON verdicts from the start
     gold                              the toy world's scorer, as the 'human' labeler; options:
         noise=0.1                         share of verdicts that are turned round
@@ -34,28 +34,28 @@ OPTIONS = {  # name -> (type, lowest, highest); texts have no bounds
 }  # fmt: skip
 
 
-def parse(spec: str) -> tuple[str, str, dict]:
+def parse(spec: str, flag="--judge") -> tuple[str, str, dict]:
     """"WHO,option=value,..." -> (kind, WHO, options). UserError: nobody is named, or an option that this kind of judge does not
-    have, or not with this value; a URL that may hold a secret is not repeated."""
+    have, or not with this value; a URL that may hold a secret is not repeated. flag: where it was given, for messages."""
     name, _, url = spec.partition("://")
     if url and ("@" in url or "?" in url or not re.search(r".@https?$", name)):
-        raise UserError("--judge: an endpoint is written NAME@http://127.0.0.1:8000/v1, with no password or query in the URL")
+        raise UserError(f"{flag}: an endpoint is written NAME@http://127.0.0.1:8000/v1, with no password or query in the URL")
     who, *given = spec.split(",")
     if not who.strip():
-        raise UserError(f"--judge '{spec}': names no judge")
+        raise UserError(f"{flag} '{spec}': names no judge")
     kind = "gold" if who == "gold" else "endpoint" if url else "local"
     options = {}
     for item in given:
         name, _, value = item.partition("=")
         if name not in OPTIONS[kind]:
-            raise UserError(f"--judge {spec}: {kind} judges have no option '{name}', but {', '.join(OPTIONS[kind])}")
+            raise UserError(f"{flag} {spec}: {kind} judges have no option '{name}', but {', '.join(OPTIONS[kind])}")
         number, *bounds = OPTIONS[kind][name]
         try:
             options[name] = number(value)
         except ValueError:
-            raise UserError(f"--judge {spec}: '{value}' is no value for {name}") from None
+            raise UserError(f"{flag} {spec}: '{value}' is no value for {name}") from None
         if bounds and not bounds[0] <= options[name] <= bounds[1]:
-            raise UserError(f"--judge {spec}: {name} must be in {bounds[0]}-{bounds[1]}")
+            raise UserError(f"{flag} {spec}: {name} must be in {bounds[0]}-{bounds[1]}")
     return kind, who, options
 
 
@@ -66,6 +66,21 @@ def _read(path: str) -> str:
         raise UserError(f"{path}: cannot be read as text ({e})") from None
 
 
+def load_endpoint(spec: str, max_cost: float | None = None, system="", flag="--judge") -> Endpoint:
+    """The endpoint that `spec` describes, as a judge or as a critic."""
+    _, who, options = parse(spec, flag)
+    name, _, url = who.partition("@")
+    if "price" in options:
+        try:
+            prices = [float(x) for x in options.pop("price").split("/")]
+            options["price_prompt"], options["price_completion"] = prices
+            if not all(0 <= price < float("inf") for price in prices):
+                raise ValueError
+        except ValueError:
+            raise UserError(f"{flag} {spec}: price is two numbers, prompt/completion") from None
+    return Endpoint(url, name, max_cost=max_cost, system=system, **options)
+
+
 def load(spec: str, constitution_name: str, device, dtype_of, seed: int = 0, max_cost: float | None = None):
     """The judge that `spec` describes. dtype_of(model) -> "fp32" or "bf16", for a local one."""
     kind, who, options = parse(spec)
@@ -73,35 +88,16 @@ def load(spec: str, constitution_name: str, device, dtype_of, seed: int = 0, max
     if kind == "gold":
         return GoldJudge({p.text: p.name for p in principles.preferences}, seed=seed, **options)
     if kind == "endpoint":
-        name, _, url = who.partition("@")
-        try:
-            prices = [float(x) for x in options.pop("price", "0/0").split("/")]
-            prompt_price, completion_price = prices
-            if not all(0 <= price < float("inf") for price in prices):
-                raise ValueError
-        except ValueError:
-            raise UserError(f"--judge {spec}: price is two numbers, prompt/completion") from None
-        options["logprobs"] = bool(options.get("logprobs", 1))
-        return Endpoint(
-            url,
-            name,
-            max_cost=max_cost,
-            price_prompt=prompt_price,
-            price_completion=completion_price,
-            system=principles.preamble,
-            **options,
-        )
+        return load_endpoint(spec, max_cost, principles.preamble)
     model, tokenizer = trainer.load_gpt(who, device), trainer.tokenizer_of(who)
-    exemplars = [e.strip("\n") for e in _read(options["exemplars"]).split("\n---\n")] if "exemplars" in options else []
-    given = options.get("preamble", "none")
-    preamble = text.PREAMBLES[given] if given in text.PREAMBLES else _read(given).strip("\n")
-    samples = options.get("cot", 0)
+    samples, given = options.get("cot", 0), options.get("preamble")
+    preamble = text.PREAMBLES[given] if given in text.PREAMBLES else _read(given).strip("\n") if given else ""
     return LocalJudge(
         model,
         tokenizer,
         device,
         dtype_of(model),
-        exemplars=exemplars,
+        exemplars=[e.strip("\n") for e in _read(options["exemplars"]).split("\n---\n")] if "exemplars" in options else [],
         preamble=preamble,
         cot=samples > 0,
         samples=max(1, samples),

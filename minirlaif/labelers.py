@@ -1,8 +1,9 @@
 """AI labels: how likely each of two responses is the better one, under a principle, as a judge sees it.
 
 The recipe of Lee et al. 2023 (RLAIF, §3.1) and Bai et al. 2022 (§4.1): a multiple-choice prompt, the probabilities of the two
-answer letters, both orders of the responses, combined. A judge is any object with `.name` and `.ask(calls, on_answer=None)
--> list[Answer]`, where on_answer(i, answer) is called as each answer arrives; `label` asks it about both orders of a pair.
+answer letters, both orders of the responses, combined. A judge is any object with `.name` and `.ask(calls, on_answer=None,
+given=None) -> list[Answer]`, where on_answer(i, answer) is called as each answer arrives, and given, {i: Answer}, are those
+that are there already and are not asked for again; `label` asks it about both orders of a pair.
 
 LocalJudge reads text only and never gold. GoldJudge, at the end, is the toy world's scorer in the role of the human labeler.
 """
@@ -33,6 +34,7 @@ class Answer:
     cost: float = 0.0
     error: str | None = None
     text: str = ""  # what the judge wrote: its reasoning, or a verdict in words
+    kind: str = "soft"  # a probability, or "verdict": a hard choice
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Label:
     completion_tokens: int = 0
     cost: float = 0.0
     error: str | None = None
+    kind: str = "soft"  # as the two answers are; "mixed" where they differ
 
     @property
     def status(self) -> str:
@@ -85,6 +88,7 @@ def combine(shown: Answer, swapped: Answer, average="probability", clamp: tuple[
         shown.completion_tokens + swapped.completion_tokens,
         shown.cost + swapped.cost,
         "; ".join(dict.fromkeys(x.error for x in (shown, swapped) if x.error)) or None,
+        shown.kind if shown.kind == swapped.kind else "mixed",
     )
 
 
@@ -130,17 +134,21 @@ class LocalJudge:
         question = text.reasoned_question if self.cot else text.question
         return self.tokenizer.encode(self.before + text.options(call.prompt, list(call.responses)) + question(call.principle))
 
-    def ask(self, calls: list[Call], on_answer=None) -> list[Answer]:
+    def ask(self, calls: list[Call], on_answer=None, given=None) -> list[Answer]:
         """One Answer a call. Too long for the context, or a reasoning that is empty or has no end: failed, with the numbers.
 
-        prompt_tokens counts what was read (with cot in both steps), completion_tokens the reasoning and the letter.
+        prompt_tokens counts what was read (with cot in both steps), completion_tokens the reasoning and the letter. Whatever
+        is given, the others are asked in the same company, and their answers are the same to the last bit.
         """
-        answers, room = [None] * len(calls), self.model.config.block_size
+        answers, room = [(given or {}).get(i) for i in range(len(calls))], self.model.config.block_size
+        if all(answers):
+            return answers
 
         def give(i, answer):
-            answers[i] = answer
-            if on_answer is not None:
-                on_answer(i, answer)
+            if answers[i] is None:
+                answers[i] = answer
+                if on_answer is not None:
+                    on_answer(i, answer)
 
         asked, conversations = [self.encode(call) for call in calls], [call.prompt for call in calls]
         new, fit = self.max_new_tokens if self.cot else 0, []
@@ -153,6 +161,8 @@ class LocalJudge:
         with trainer.autocast(self.device, self.dtype):
             root = prefix.root(self.model, [asked[i] for i in fit], self.tokenizer.eot)
             for batch in prefix.batches(fit, asked, conversations, max(1, self.batch_size // self.samples), root.used):
+                if all(answers[i] for i in batch):
+                    continue
                 judge = self.reasoned if self.cot else self.direct
                 for i, answer in zip(batch, judge([calls[i] for i in batch], [asked[i] for i in batch], root), strict=True):
                     give(i, answer)
@@ -271,12 +281,13 @@ class GoldJudge:
         self.asks_of, self.noise, self.slot_bias = asks_of, noise, slot_bias
         self.sharpness, self.call_noise, self.seed = sharpness, call_noise, seed
 
-    def ask(self, calls: list[Call], on_answer=None) -> list[Answer]:
-        answers = []
+    def ask(self, calls: list[Call], on_answer=None, given=None) -> list[Answer]:
+        answers = [(given or {}).get(i) for i in range(len(calls))]
         for i, call in enumerate(calls):
-            answers.append(self.answer(call))
-            if on_answer is not None:
-                on_answer(i, answers[i])
+            if answers[i] is None:
+                answers[i] = self.answer(call)
+                if on_answer is not None:
+                    on_answer(i, answers[i])
         return answers
 
     def answer(self, call: Call) -> Answer:

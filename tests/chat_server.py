@@ -17,7 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 PROMPT_TOKENS, COMPLETION_TOKENS = 100, 7
 BEHAVIOURS = {
     "ok", "429", "retry-after", "500", "401", "404", "400", "slow", "close", "cut off", "html", "no choices", "empty", "no usage",
-    "no logprobs", "refuses logprobs", "refuses max_tokens", "no letter", "nonsense", "same letter twice", "half a verdict",
+    "no logprobs", "refuses logprobs", "refuses max_tokens", "no letter", "bracket", "nonsense",
+    "same letter twice", "half a verdict",
 }  # fmt: skip
 
 
@@ -81,6 +82,8 @@ class ChatServer:
             choice["message"]["content"] = verdict if '"chosen"' in content else f"({better})"
             if body.get("logprobs") and behaviour != "no logprobs":
                 choice["logprobs"] = {"content": self.tokens(p, body["top_logprobs"], behaviour)}
+                if behaviour == "bracket":  # and nothing after it
+                    choice["logprobs"]["content"], choice["message"]["content"] = choice["logprobs"]["content"][:1], "("
         if behaviour == "empty":
             choice |= {"finish_reason": "length", "message": {"role": "assistant", "content": None}}
         usage = {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": COMPLETION_TOKENS}

@@ -77,8 +77,8 @@ def agreements(report):
 
 def test_a_report_by_hand():
     report = label_report([
-        row(0.9, 0.8),  # right in both orders
-        row(0.3, 0.4),  # wrong in both
+        row(0.9, 0.8, kind="soft"),  # right in both orders
+        row(0.3, 0.4, kind="mixed"),  # wrong in both
         row(0.9, 0.3),  # right, thanks to the order in which it is shown first: flipped to the first place
         row(0.2, 0.6),  # wrong, flipped to the second
         row(0.7, 0.3),  # a tie, flipped to the first
@@ -98,6 +98,7 @@ def test_a_report_by_hand():
     assert (report["flips_to_first"]["value"], report["flips_to_first"]["n"]) == (pytest.approx(2 / 3), 3)
     assert [report[k]["value"] for k in ("tie", "failed", "random", "partly_failed")] == pytest.approx([1 / 9, 3 / 9, 1 / 9, 0])
     assert report["errors"] == {"no reply after N tries": 3}  # counted by kind
+    assert report["kinds"] == {"soft": 1, "mixed": 1}  # where it is said
     assert (report["prompt_tokens"], report["completion_tokens"], report["cost"]) == (90, 18, 4.5)  # failures are paid for
     assert report["cost_per_label"] == pytest.approx(4.5 / 6)
 

@@ -16,7 +16,7 @@ import pytest
 from chat_server import COMPLETION_TOKENS, PROMPT_TOKENS, ChatServer
 
 from minirlaif import cli, endpoint, text
-from minirlaif.endpoint import Endpoint, Failed
+from minirlaif.endpoint import Completion, Endpoint, Failed
 from minirlaif.labelers import Call
 
 KEY = "sk-test-0123456789"
@@ -61,11 +61,30 @@ class Clock:
 def test_mass_of_each_letter_is_summed_over_its_spellings():
     top = [("A", math.log(0.2)), (" A", math.log(0.1)), ("(A", math.log(0.1)), ("B", math.log(0.1)), ("Answer", math.log(0.3))]
     assert endpoint.p_of_first_letter(top) == pytest.approx(0.4 / 0.5)
-    assert endpoint.p_of_first_letter([("B", -0.1), ("a", -3.0)]) == 0.0  # the article is no letter
+    assert endpoint.p_of_first_letter([("B", -0.1), ("a", -3.0), ("A", -9.0)]) < 0.001  # the article is no letter
     assert endpoint.p_of_first_letter([("A", -1.0), ("B", -1.0)]) == 0.5
-    for nothing in ([], [("The", -0.1)], [("A", -math.inf)], [("A", math.nan)]):
-        with pytest.raises(Failed, match="neither letter"):
-            endpoint.p_of_first_letter(nothing)
+
+
+@pytest.mark.parametrize("top", [
+    None, [], [("The", -0.1)], [("A", -math.inf)], [("A", math.nan)],
+    [("The", -0.001), ("I", -8.0), ("A", -9.0)],  # it begins a sentence, and "A" would be an article
+    [("A", math.log(0.3)), ("B", math.log(0.19))],
+])  # fmt: skip
+def test_letters_that_are_less_likely_than_all_else_are_no_answer(top):
+    assert endpoint.p_of_first_letter(top) is None
+
+
+@pytest.mark.parametrize("top, p_of_the_other", [
+    ([("A", 0.9), ("The", 0.06), ("a", 0.01)], 0.01),  # as the last that is listed: what is not is no likelier
+    ([("A", 0.9), ("The", 0.06)], 0.04),  # what is left over
+    ([("A", 0.9999)], 0.0001),
+    ([("A", 0.6), ("The", 0.4)], 0.0),
+])  # fmt: skip
+def test_a_letter_that_is_not_listed_has_the_most_that_it_can_have(top, p_of_the_other):
+    top, (p, *_) = [(token, math.log(p)) for token, p in top], [p for _, p in top]
+    assert endpoint.p_of_first_letter(top) == pytest.approx(p / (p + p_of_the_other))
+    swapped = [(token.replace("A", "B"), logprob) for token, logprob in top]
+    assert endpoint.p_of_first_letter(swapped) == pytest.approx(p_of_the_other / (p + p_of_the_other))
 
 
 @pytest.mark.parametrize("reply, p", [
@@ -134,22 +153,51 @@ def test_a_preamble_is_the_system_message():
     assert server.requests[0]["body"]["messages"][0] == {"role": "system", "content": "A good summary is short."}
 
 
+def wants_json(server):
+    return ['{"chosen": x' in r["body"]["messages"][0]["content"] for r in server.requests]
+
+
 @needs_openai
-@pytest.mark.parametrize("behaviour", ["no logprobs", "refuses logprobs"])
-def test_without_logprobs_it_asks_for_json_and_goes_on_with_that(behaviour):
-    """The letter that was asked for in vain is paid for too; a refused parameter costs a request, and nothing else."""
+@pytest.mark.parametrize("behaviour", ["no logprobs", "bracket", "no letter", "refuses logprobs"])
+def test_without_a_letters_probability_it_asks_for_json_and_soon_for_nothing_else(behaviour):
+    """A letter that was asked for in vain is paid for too, unless the request was refused."""
     with serve(behaviour) as server:
         judge = judge_of(server)
-        first, second = judge.ask([CALL, SWAPPED])
-        assert (first.p, second.p) == (1.0, 0.0) and first.error is None
-        assert (first.prompt_tokens, second.prompt_tokens) == (2 * PROMPT_TOKENS, PROMPT_TOKENS)
-        assert (first.completion_tokens, second.completion_tokens) == (2 * COMPLETION_TOKENS, COMPLETION_TOKENS)
-        asked = ['{"chosen": x' in r["body"]["messages"][0]["content"] for r in server.requests]
-        assert asked == ([False] if behaviour == "no logprobs" else [False, False]) + [True, True]
-        assert all("logprobs" not in r["body"] for r in server.requests[-2:])
-        before = len(server.requests)
+        answers = judge.ask([CALL, SWAPPED] * 3)
+        assert [(a.p, a.kind, a.error) for a in answers] == [(1.0, "verdict", None), (0.0, "verdict", None)] * 3
+        paid = [1 if behaviour == "refuses logprobs" else 2] * endpoint.TRIALS + [1] * 3
+        assert [a.prompt_tokens for a in answers] == [n * PROMPT_TOKENS for n in paid]
+        assert [a.completion_tokens for a in answers] == [n * COMPLETION_TOKENS for n in paid]
+        assert wants_json(server) == [False, True] * endpoint.TRIALS + [True] * 3
+        assert all("logprobs" not in r["body"] for r, json in zip(server.requests, wants_json(server), strict=True) if json)
         judge.ask([CALL])
-        assert len(server.requests) == before + 1
+        assert wants_json(server)[-2:] == [True, True] and judge.soft is False
+
+
+@needs_openai
+@pytest.mark.parametrize("odd", ["no logprobs", "bracket", "no letter", "refuses logprobs"])
+@pytest.mark.parametrize("before", [0, 1, 4])
+def test_an_odd_reply_is_a_verdict_and_the_next_call_is_soft_again(odd, before):
+    with serve(*["ok"] * before, *[odd] * 2, "ok") as server:  # the second is the reply to the request for JSON
+        answers = judge_of(server).ask([CALL] * 10)
+    assert [a.kind for a in answers] == ["soft"] * before + ["verdict"] + ["soft"] * (9 - before)
+    assert [a.p for a in answers] == [1.0 if a.kind == "verdict" else pytest.approx(P) for a in answers]
+
+
+@needs_openai
+@pytest.mark.parametrize("behaviour", ["ok", "no logprobs"])
+@pytest.mark.parametrize("have", [[], [2], [0, 2], [0, 1, 2], [0, 1, 2, 4, 7]])  # the first three come before the others begin
+def test_what_the_server_gives_is_known_from_the_answers_of_an_earlier_run(behaviour, have):
+    """A run that goes on asks and pays what an uninterrupted one does, whatever it has already, and at any pace."""
+    calls = [CALL, SWAPPED] * 4
+    with serve(behaviour) as server:
+        whole = judge_of(server).ask(calls)
+    with serve(behaviour) as server:
+        seen, given = [], {i: whole[i] for i in have}
+        judge = judge_of(server, concurrency=4)
+        assert judge.ask(calls, lambda i, answer: seen.append(i), given) == whole
+        assert sorted(seen) == sorted({*range(8)} - {*given})
+        assert len(server.requests) == sum(whole[i].prompt_tokens for i in seen) / PROMPT_TOKENS
 
 
 @needs_openai
@@ -176,7 +224,6 @@ def test_parameters_that_the_server_refuses_by_name_are_sent_the_other_way():
 
 @needs_openai
 @pytest.mark.parametrize("behaviour, logprobs, error", [
-    ("no letter", True, "neither letter"),
     ("nonsense", False, "not a verdict"),
     ("same letter twice", False, "not a verdict"),
     ("half a verdict", False, "not a verdict"),
@@ -201,6 +248,19 @@ def test_a_reply_without_usage_counts_nothing():
 
 
 @needs_openai
+def test_a_reply_without_usage_stops_a_run_that_has_a_cap():
+    """What was received is kept, and a server that is free may go without counting."""
+    with serve("ok", "no usage") as server:
+        seen = []
+        with pytest.raises(cli.UserError, match="does not say how many tokens it took, so --max-cost cannot be kept") as error:
+            judge_of(server, price_prompt=1.0, max_cost=9.0).ask([CALL] * 9, lambda i, answer: seen.append(i))
+        assert seen == [0, 1] and len(server.requests) == 2 and "price=0/0" in str(error.value) and "\n" not in str(error.value)
+        with pytest.raises(cli.UserError, match="max-cost"):
+            judge_of(server, price_completion=1.0, price_prompt=0.0, max_cost=9.0).complete(["hi"], 5, 0.0)
+        assert all(a.p is not None for a in judge_of(server, price_prompt=0.0, max_cost=9.0).ask([CALL] * 3))
+
+
+@needs_openai
 @pytest.mark.parametrize("trouble", ["429", "500", "close", "cut off", "html", "slow"])
 def test_what_may_pass_is_tried_again_and_paid_once(trouble):
     with serve("ok", trouble, trouble, "ok") as server:
@@ -215,10 +275,36 @@ def test_what_may_pass_is_tried_again_and_paid_once(trouble):
     ("429", "HTTP 429"), ("500", "HTTP 500"), ("close", "Connection error"), ("cut off", "not JSON"),
 ])  # fmt: skip
 def test_after_the_last_try_the_answer_is_a_failure_and_the_next_call_is_made(trouble, error):
+    """But it is given to no journal: the server may answer it later."""
     with serve("ok", trouble, trouble, trouble, "ok") as server:
-        answers = judge_of(server, retries=2, price_prompt=1.0).ask([CALL, CALL, CALL])
-    assert [a.p is None for a in answers] == [False, True, False] and len(server.requests) == 5
+        seen = []
+        answers = judge_of(server, retries=2, price_prompt=1.0).ask([CALL] * 3, lambda i, answer: seen.append(i))
+    assert [a.p is None for a in answers] == [False, True, False] and len(server.requests) == 5 and seen == [0, 2]
     assert answers[1].error.startswith("tried 3x: ") and error in answers[1].error and answers[1].cost == 0
+
+
+@needs_openai
+def test_what_was_paid_before_the_server_fell_silent_is_told():
+    with serve("no logprobs", "500", "ok") as server:
+        seen = []
+        (first, second) = judge_of(server, retries=0, price_prompt=1.0).ask([CALL] * 2, lambda i, answer: seen.append(i))
+    assert (first.p, first.cost, first.prompt_tokens) == (None, pytest.approx(0.1), PROMPT_TOKENS) and seen == [1]
+    assert second.kind == "soft"
+
+
+@needs_openai
+def test_a_dead_server_is_not_asked_for_ever():
+    """Three calls for each that may be in flight; a reply in between begins the count anew, and so does a new judge."""
+    with serve("ok", *["500"] * 5, "ok", "500") as server:
+        judge, seen = judge_of(server, retries=0, concurrency=2), []
+        judge.soft = True  # no trial, so that the order is that of the calls
+        answers = judge.ask([CALL] * 50, lambda i, answer: seen.append(i))
+        assert len(seen) == 2 and 13 <= len(server.requests) <= 14  # 1 + 5 + 1 + 6, and one that was in flight
+        assert {a.error for a in answers[20:]} <= {f"stopped: {n} calls in a row got no reply" for n in (6, 7)}
+        n = len(server.requests)
+        assert judge.complete(["hi"], 5, 0.0)[0].error.startswith("stopped: ") and len(server.requests) == n
+        server.script = ["ok"]
+        assert judge_of(server).ask([CALL])[0].p is not None
 
 
 @needs_openai
@@ -232,7 +318,7 @@ def test_another_4xx_is_not_tried_again():
 def test_backoff_doubles_with_jitter_and_retry_after_is_honoured():
     with serve("500", "500", "500", "ok") as server:
         clock = Clock()
-        assert judge_of(server, backoff=1.0)._judge(CALL, clock).p == pytest.approx(P)
+        assert judge_of(server, backoff=1.0)._judge(CALL, clock)[0].p == pytest.approx(P)
         assert clock.waits[0] == 0 and all(2**i / 2 <= w <= 2**i for i, w in enumerate(clock.waits[1:])) and len(clock.waits) == 4
         again = Clock()
         server.script = ["500", "500", "500", "ok"]
@@ -263,7 +349,7 @@ def test_the_cap_stops_before_the_next_call_and_leaves_the_rest_unasked():
         assert [a.p is None for a in answers] == [False, False, True, True, True] and seen == [0, 1]
         assert {a.error for a in answers[2:]} == {"stopped: --max-cost 0.75 reached"} and judge.spent == pytest.approx(1.0)
         assert [a.error for a in judge.ask([CALL])] == ["stopped: --max-cost 0.75 reached"] and len(server.requests) == 2
-        assert judge.complete(["hi"], 5, 0.0) == [("", False, "stopped: --max-cost 0.75 reached")]
+        assert judge.complete(["hi"], 5, 0.0) == [Completion("", False, error="stopped: --max-cost 0.75 reached")]
         later = judge_of(server, price_prompt=5.0, max_cost=0.75)
         later.spent = 0.5  # what an earlier run has paid
         assert [a.p is None for a in later.ask([CALL] * 3)] == [False, True, True]
@@ -271,7 +357,7 @@ def test_the_cap_stops_before_the_next_call_and_leaves_the_rest_unasked():
 
 @needs_openai
 def test_failed_answers_count_towards_the_cap():
-    with serve("no letter") as server:
+    with serve("empty") as server:
         answers = judge_of(server, price_prompt=5.0, max_cost=0.75).ask([CALL] * 4)
     assert len(server.requests) == 2 and [a.cost for a in answers] == [0.5, 0.5, 0, 0]
 
@@ -286,7 +372,7 @@ def test_exactly_so_many_requests_are_in_flight(n):
 
 @needs_openai
 def test_answers_arrive_one_at_a_time_in_the_callers_thread():
-    with serve("ok", "no letter", "ok") as server:
+    with serve("ok", "empty", "ok") as server:
         seen, threads = {}, set()
 
         def on_answer(i, answer):
@@ -368,8 +454,9 @@ def test_a_url_that_is_none_or_holds_a_secret_is_refused_without_repeating_it(ur
 
 @needs_openai
 def test_a_cap_without_prices_is_refused():
-    with pytest.raises(cli.UserError, match="prices"):
+    with pytest.raises(cli.UserError, match="needs the prices of any per 1,000 tokens: price=0.1/0.4, or 0/0 where it is free"):
         Endpoint("http://127.0.0.1:1/v1", "any", max_cost=1.0)
+    assert Endpoint("http://127.0.0.1:1/v1", "any", max_cost=1.0, price_prompt=0.0).max_cost == 1.0
 
 
 def test_a_missing_client_is_one_line_with_its_install_command(monkeypatch):
@@ -389,7 +476,7 @@ def test_the_key_is_in_no_answer_and_no_log(trouble, caplog, capsys):
     with serve("ok", trouble) as server:
         answers = judge_of(server, retries=1).ask([CALL, CALL])
         completions = judge_of(server, retries=1).complete(["hi"], 5, 0.0)
-    assert "no, Bearer ***, not now" in answers[1].error and "***" in completions[0][2]
+    assert "no, Bearer ***, not now" in answers[1].error and "***" in completions[0].error
     shown = f"{answers} {completions} {caplog.text} {capsys.readouterr()} {[vars(r) for r in caplog.records]}"
     assert KEY not in shown and server.requests[1]["key"] == f"Bearer {KEY}"
 
@@ -401,7 +488,8 @@ def test_a_key_is_taken_out_before_an_error_is_cut(monkeypatch):
     for n in range(270, 305):
         assert "sk-test" not in judge._clean("x" * n + KEY) and len(judge._clean("x" * n + KEY)) <= 300
     with serve(says=f" my header was {KEY}.") as server:
-        assert judge_of(server).complete(["hi"], 5, 0.0) == [(" my header was ***.", True, None)]
+        (found,) = judge_of(server).complete(["hi"], 5, 0.0)
+        assert (found.text, found.ended, found.error) == (" my header was ***.", True, None)
 
 
 @needs_openai
@@ -416,7 +504,7 @@ def test_local_servers_need_no_key(monkeypatch):
 def test_a_placeholder_is_not_cut_out_of_the_words(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "x")
     with serve(says=" an example.") as server:
-        assert judge_of(server).complete(["hi"], 5, 0.0)[0][0] == " an example."
+        assert judge_of(server).complete(["hi"], 5, 0.0)[0].text == " an example."
 
 
 @needs_openai
@@ -436,13 +524,17 @@ def test_a_key_that_cannot_be_sent_is_refused_and_a_line_end_forgiven(monkeypatc
 
 @needs_openai
 def test_complete_returns_texts_in_order_and_says_which_are_whole():
-    with serve("ok", "empty", "400", "ok") as server:
-        judge = judge_of(server, price_completion=1.0)
-        out = judge.complete(["one", "two", "three", "four"], max_tokens=9, temperature=0.7)
-    assert out[0] == out[3] == (" so be it.", True, None)
-    assert out[1] == ("", False, "empty reply (finish_reason length)") and out[2][2].startswith("HTTP 400")
+    with serve("ok", "empty", "400", "500", "ok") as server:
+        judge, seen = judge_of(server, price_completion=1.0, retries=0), []
+        known, prompts = Completion("known.", True), ["zero", "one", "two", "three", "four", "five"]
+        out = judge.complete(prompts, 9, 0.7, lambda i, completion: seen.append(i), {0: known})
+    assert out[0] == known and seen == [1, 2, 3, 5]  # what got no reply is to be asked again
+    usage = PROMPT_TOKENS, COMPLETION_TOKENS, COMPLETION_TOKENS / 1000
+    assert out[1] == out[5] == Completion(" so be it.", True, *usage)
+    assert out[2] == Completion("", False, *usage, "empty reply (finish_reason length)") and out[3].error.startswith("HTTP 400")
+    assert out[4].error.startswith("tried 1x: HTTP 500") and out[4].cost == 0
     bodies = [r["body"] for r in server.requests]
-    assert [b["messages"][0]["content"] for b in bodies] == ["one", "two", "three", "four"]
+    assert [b["messages"][0]["content"] for b in bodies] == prompts[1:]
     assert bodies[0]["max_tokens"] == 9 and bodies[0]["temperature"] == 0.7 and "logprobs" not in bodies[0]
     assert judge.spent == pytest.approx(3 * COMPLETION_TOKENS / 1000)
 
@@ -485,12 +577,12 @@ def test_transformers_serve(tmp_path):
                     break
             time.sleep(0.05)
         judge = Endpoint(f"http://127.0.0.1:{port}/v1", str(tmp_path / "model"), retries=0, timeout=60)
-        answers = judge.ask([CALL, SWAPPED])
-        ((said, ended, error),) = judge.complete(["hello"], 8, 0.0)
+        answers = judge.ask([CALL, SWAPPED] * 2)
+        (found,) = judge.complete(["hello"], 8, 0.0)
     finally:
         server.terminate()
         server.wait(20)
     prompt = len(CALL.prompt) + len(CALL.principle) + sum(map(len, CALL.responses))
     for answer in answers:
         assert answer.p is None and answer.error and answer.prompt_tokens > prompt and answer.completion_tokens > 0
-    assert judge.soft is False and said and error is None and not ended
+    assert judge.soft is False and found.text and found.error is None and not found.ended

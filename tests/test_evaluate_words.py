@@ -155,6 +155,7 @@ def test_labels_prints_a_column_a_file(tmp_path, capsys):
     assert lines["of them labelled"] == ["2", "1 |"] and lines["cost of a label"][0] == "0.200000"  # coins are no labels
     assert lines["failed"][0].startswith("0.500 [") and lines["failed in part"][0].startswith("0.250 [")
     assert lines["agreement, one order"][0].startswith("1.000 [") and "agreement, mean logit" not in lines
+    assert lines["kinds of labels"] == ["none", "none |"]
     assert lines["percentage random"] == ["25.0 %", "0.0 % |"] and lines["overall cost"] == ["0.4000", "0.0000 |"]
     assert lines["agreement"][0].startswith("1.000 [0.") and lines["agreement"][1] == "n/a |"
     assert lines["0.7-0.8"] == ["1", "0.700", "1.000 |"]  # the calibration curve

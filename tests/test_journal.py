@@ -1,5 +1,7 @@
 """The journal of answers: what was received is there again, once, whatever moment the process died at."""
 
+from dataclasses import dataclass
+
 import pytest
 
 from minirlaif import journal
@@ -47,6 +49,63 @@ def test_an_answer_is_on_the_disk_before_anything_else_happens(tmp_path, monkeyp
     monkeypatch.setattr(journal.os, "fsync", lambda handle: seen.append((len(lines(tmp_path / "j")), "a" in j)))
     j.add({"a": {"p": 0.1}})
     assert seen == [(1, False)] and "a" in j
+
+
+@dataclass
+class Reply:
+    said: str
+    cost: float = 0.0
+
+
+def test_what_is_not_here_is_asked_and_written_as_it_comes(tmp_path):
+    """Of what got no reply nothing is kept but what was paid for it; it is asked again, and no other."""
+    asked, told = [], []
+
+    def ask(on_answer, given):
+        asked.append({**given})
+        for i in {0, 1, 2, 3} - {*given}:
+            if i != 2 or len(asked) > 1:
+                on_answer(i, Reply(f"reply {i}", 1.0))
+                assert lines(tmp_path / "j")[-1].startswith(b'{"key": "k%d"' % i)
+        return [given.get(i) or Reply("none" if i == 2 and len(asked) == 1 else f"reply {i}", 0.5) for i in range(4)]
+
+    keys = ["k0", "k1", "k2", "k3"]
+    with Journal(tmp_path / "j") as j:
+        j.add({"k1": {"said": "before", "cost": 1.0}})
+        found = j.fill(keys, ask, Reply, on_answer=told.append)
+        assert [r.said for r in found] == ["reply 0", "before", "none", "reply 3"] and "k2" not in j
+        assert [r.said for r in told] == ["reply 0", "reply 3"] and j.cost == 3.5
+        assert asked == [{1: Reply("before", 1.0)}]
+    with Journal(tmp_path / "j") as j:
+        assert [r.said for r in j.fill(keys, ask, Reply)] == ["reply 0", "before", "reply 2", "reply 3"]
+        assert sorted(asked[1]) == [0, 1, 3] and j.cost == 4.5
+
+
+def test_one_process_holds_it_at_a_time(tmp_path):
+    with Journal(tmp_path / "j") as j:
+        j.add({"a": {"p": 0.1}})
+        with pytest.raises(UserError, match="j: another process is writing it; wait for that, or give another --out"):
+            Journal(tmp_path / "j")
+    with Journal(tmp_path / "j") as j:
+        assert "a" in j
+
+
+def test_its_name_is_on_the_disk_when_it_is_new(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(journal, "sync", synced.append)
+    for _ in range(2):
+        with Journal(tmp_path / "j"):
+            pass
+    assert synced == [tmp_path]
+
+
+def test_what_need_not_be_durable_is_written_at_once_all_the_same(tmp_path, monkeypatch):
+    with Journal(tmp_path / "j") as j:
+        monkeypatch.setattr(journal.os, "fsync", lambda handle: pytest.fail("waits for the disk"))
+        j.add({"a": {"p": 0.1}}, durable=False)
+        assert len(lines(tmp_path / "j")) == 1
+        j.clear()
+        assert lines(tmp_path / "j") == [] and "a" not in j
 
 
 @pytest.mark.parametrize("bad", [b"nonsense", b"[1]", b'{"key": "a"}', b"3", b"\xff"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minirlaif import judges, text, trainer
+from minirlaif import constitution, judges, text, trainer
 from minirlaif.cli import UserError
 from minirlaif.endpoint import Endpoint
 from minirlaif.labelers import Call, GoldJudge, LocalJudge
@@ -13,8 +13,8 @@ from minirlaif.tokenizer import load_tokenizer
 URL = "http://127.0.0.1:9/v1"
 
 
-def load(spec, constitution="toy", **options):
-    return judges.load(spec, constitution, torch.device("cpu"), lambda model: "fp32", **options)
+def load(spec, name="toy", **options):
+    return judges.load(spec, name, torch.device("cpu"), lambda model: "fp32", **options)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,10 @@ def test_an_endpoint_with_its_options():
     judge = load(f"org/m@{URL},concurrency=7,retries=2,timeout=9,price=0.5/2,logprobs=0", "summarization", max_cost=3.0)
     assert isinstance(judge, Endpoint) and (judge.name, judge.base_url) == ("org/m", URL)
     assert (judge.concurrency, judge.retries, judge.soft, judge.max_cost) == (7, 2, False, 3.0)
-    assert (judge.price_prompt, judge.price_completion) == (0.5, 2.0) and judge.client.timeout == 9 and judge.system
+    assert (judge.price_prompt, judge.price_completion) == (0.5, 2.0) and judge.client.timeout == 9
+    assert judge.system == constitution.load("summarization").preamble
+    assert load(f"m@{URL}", "harmless").system == constitution.load("harmless").preamble and load(f"m@{URL}").soft is None
+    assert load(f"m@{URL},price=0/0", max_cost=3.0).max_cost == 3.0
 
 
 def test_gold_with_its_faults():
@@ -75,6 +78,13 @@ def test_a_mistake_is_one_line(spec, part):
     with pytest.raises(UserError) as error:
         load(spec)
     assert part in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_critic_is_written_as_a_judge_is():
+    critic = judges.load_endpoint(f"m@{URL},price=0.1/0.4,concurrency=2", 3.0, flag="--model")
+    assert (critic.price_completion, critic.concurrency, critic.max_cost, critic.system) == (0.4, 2, 3.0, "")
+    with pytest.raises(UserError, match="--model m@.*: endpoint judges have no option 'cot'"):
+        judges.load_endpoint(f"m@{URL},cot=1", flag="--model")
 
 
 def test_a_file_of_exemplars_that_is_not_there(model):

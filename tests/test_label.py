@@ -17,6 +17,7 @@ import label
 import train_rm
 from minirlaif import constitution, data, text, trainer, world
 from minirlaif.cli import UserError
+from minirlaif.journal import Journal
 from minirlaif.labelers import Answer, Call, GoldJudge, Label, LocalJudge, combine
 from minirlaif.model import GPT, GPTConfig
 from minirlaif.tokenizer import load_tokenizer
@@ -77,7 +78,7 @@ def test_labels_have_the_fields_of_the_design(labelled, prompts, judge):
         assert row["disagreement"] == 0
     assert {row["principle"] for row in rows} <= {p.text for p in TOY.preferences} and len({r["principle"] for r in rows}) > 3
     assert max(row["p_chosen"] for row in rows) > 0.6  # there is something to tell
-    flips = [(r["p_first"] > 0.5) != (r["p_first_swapped"] > 0.5) for r in rows]
+    flips = [Label(0, r["p_first"], r["p_first_swapped"]).flipped for r in rows]
     assert result["flip_rate"] == pytest.approx(sum(flips) / len(rows))
     assert len(data.read_preferences(out / "preferences.jsonl")) == len(rows)
     found = rows_of(out / "candidates.jsonl")
@@ -178,7 +179,7 @@ def die_after(function, die=lambda *args: None):
         return function(*args, **kwargs)
     return wrapper
 
-def half_a_line(self, records):
+def half_a_line(self, records, *durable):
     whole = b"".join(json.dumps({"key": k, "record": r}).encode() + b"\\n" for k, r in records.items())
     self.file.write(whole[: len(whole) * 2 // 3])
     self.file.flush()
@@ -207,9 +208,9 @@ def flags(args):
     return [part for k, v in given.items() for part in ("--" + k.replace("_", "-"), *(v if isinstance(v, list) else [v]))]
 
 
-@pytest.mark.parametrize("point, n", [("sampling", 2), ("half", 1), ("state", 20)])
+@pytest.mark.parametrize("point, n", [("sampling", 2), ("half", 20), ("state", 20)])
 def test_a_local_run_that_died_ends_with_the_same_bytes(judge, base, prompts, labelled, tmp_path, point, n):
-    """While it samples; with a line half-written, whose batch is asked again; between the journal and the state."""
+    """While it samples; with a line of the second batch half-written; between the journal and the state."""
     args = sampled_args(judge, base, prompts, tmp_path / "run")
     dies(point, n, *flags(args))
     assert not (tmp_path / "run" / "preferences.jsonl").exists()
@@ -239,6 +240,147 @@ def test_no_answer_of_an_endpoint_is_asked_for_again(tmp_path):
     keys = [row["key"] for row in rows_of(tmp_path / "parts" / "journal.jsonl")]
     assert len(keys) == len({*keys}) == 36
     assert sum(r["cost"] for r in preferences(tmp_path / "parts")) == pytest.approx(36 * (100 * 1 + 7 * 2) / 1000)
+
+
+def stops_after(monkeypatch, args, n, add=Journal.add):
+    """Run label.py until n answers are in the journal."""
+
+    def die(self, records, *durable):
+        add(self, records, *durable)
+        if len(self.records) >= n:
+            raise RuntimeError("the power is out")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(Journal, "add", die)
+        label.main(args)
+
+
+def test_a_run_without_logprobs_goes_on_as_it_was(tmp_path, monkeypatch):
+    """It knows from its journal that letters are asked for in vain, and writes what an uninterrupted run does."""
+    rows = candidates(tmp_path / "c.jsonl", n=12)  # 24 questions, and 3 letters
+    with ChatServer("no logprobs") as server:
+        args = label_args(f"any@{server.url},concurrency=1", tmp_path / "whole", rows)
+        label.main(args)
+        assert len(server.requests) == 27
+        server.requests.clear()
+        args = replace(args, out=str(tmp_path / "parts"))
+        for n in (2, 10, 20):
+            stops_after(monkeypatch, replace(args, resume=True), n)
+        label.main(replace(args, resume=True))
+        assert 27 <= len(server.requests) <= 27 + 3  # what was in flight
+    assert (tmp_path / "parts" / "preferences.jsonl").read_bytes() == (tmp_path / "whole" / "preferences.jsonl").read_bytes()
+
+
+def test_a_server_that_falls_silent_is_asked_the_rest_later(tmp_path):
+    """No reply is no failed label, and no coin flip; the run is not finished, and goes on with what is missing."""
+    rows = candidates(tmp_path / "c.jsonl", n=12)
+    with ChatServer() as server:
+        args = label_args(f"any@{server.url},concurrency=1,retries=0", tmp_path / "whole", rows, on_failure="random")
+        label.main(args)
+        server.script = ["ok"] * 7 + ["429"] + ["ok"] * 2 + ["500"]
+        server.requests.clear()
+        args = replace(args, out=str(tmp_path / "run"))
+        line = fails(args, f"{tmp_path}/run: 15 of 24 answers are missing, the first because tried 1x: HTTP 429")
+        assert "run it again with --resume, which asks for these alone" in line
+        assert len(server.requests) == 10 + 3 and not (tmp_path / "run" / "preferences.jsonl").exists()
+        assert all(row["record"]["p"] is not None for row in rows_of(tmp_path / "run" / "journal.jsonl"))
+        fails(replace(args, resume=True), "15 of 24 answers are missing")
+        server.script = ["ok"]
+        server.requests.clear()
+        assert label.main(replace(args, resume=True))["failed"] == 0 and len(server.requests) == 15
+    assert (tmp_path / "run" / "preferences.jsonl").read_bytes() == (tmp_path / "whole" / "preferences.jsonl").read_bytes()
+
+
+def test_an_odd_reply_is_a_hard_verdict_and_is_said(tmp_path, capsys):
+    rows = candidates(tmp_path / "c.jsonl", n=6)
+    with ChatServer(*["ok"] * 5, "no logprobs", "ok") as server:
+        result = label.main(label_args(f"any@{server.url},concurrency=1", tmp_path / "run", rows))
+    found = preferences(tmp_path / "run")
+    assert sorted(r["kind"] for r in found) == ["mixed"] + ["soft"] * 5 and result["hard"] == 1
+    assert "1 from hard verdicts" in capsys.readouterr().out
+    with ChatServer("no logprobs") as server:
+        result = label.main(label_args(f"any@{server.url},logprobs=0", tmp_path / "hard", rows))
+    assert {r["kind"] for r in preferences(tmp_path / "hard")} == {"verdict"} and result["hard"] == 6
+
+
+def test_a_judge_that_is_free_stands_beside_one_with_a_price(tmp_path):
+    rows = candidates(tmp_path / "c.jsonl", n=2)
+    with ChatServer() as server:
+        two = [f"dear@{server.url},price=1/2", f"own@{server.url},price=0/0"]
+        label.main(label_args(two, tmp_path / "run", rows, max_cost=5.0))
+        fails(label_args([two[0], f"own@{server.url}"], tmp_path / "no", rows, max_cost=5.0), "needs the prices of own")
+    assert sum(r["cost"] for r in preferences(tmp_path / "run")) == pytest.approx(4 * 0.114)
+
+
+def test_the_speed_is_that_of_what_this_run_has_asked(tmp_path, monkeypatch):
+    """Ten seconds for six labels; then again ten seconds, for the two that were missing."""
+
+    class Clock:
+        ticks = -1
+
+        def monotonic(self):
+            self.ticks += 1
+            return 10.0 * (self.ticks > 0)
+
+    def speeds(out):
+        return [row["labels_per_second"] for row in rows_of(out / "metrics.jsonl")]
+
+    rows = write(tmp_path / "c.jsonl", [{"prompt": PROMPT, "responses": [" no.", RIGHT]}] * 6)
+    args = label_args("gold", tmp_path / "whole", rows, batch_size=3)
+    monkeypatch.setattr(label, "time", Clock())
+    label.main(args)
+    assert speeds(tmp_path / "whole") == [pytest.approx(0.3), pytest.approx(0.6)]
+    args = replace(args, out=str(tmp_path / "run"))
+    monkeypatch.setattr(label, "time", Clock())
+    stops_after(monkeypatch, args, 8)
+    monkeypatch.setattr(label, "time", Clock())
+    label.main(replace(args, resume=True))
+    assert speeds(tmp_path / "run")[-1] == pytest.approx(0.2)
+
+
+def test_the_bar_moves_with_every_answer(tmp_path, monkeypatch):
+    """It begins where the journal stands, and shows failures and cost as they come."""
+    bars = []
+
+    class Bar:
+        def __init__(self, **options):
+            self.options, self.shown = options, []
+            bars.append(self)
+
+        def set_postfix(self, refresh, **shown):
+            self.shown.append(shown)
+
+        def update(self):
+            self.shown[-1]["moved"] = True
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(label, "tqdm", Bar)
+    rows = candidates(tmp_path / "c.jsonl", n=3)
+    with ChatServer("ok", "ok", "empty", "ok") as server:
+        args = label_args(f"any@{server.url},concurrency=1,price=1/0", tmp_path / "run", rows)
+        stops_after(monkeypatch, args, 2)
+        label.main(replace(args, resume=True))
+    assert [(bar.options["total"], bar.options["initial"]) for bar in bars] == [(6, 0), (6, 2)]
+    assert bars[1].shown == [{"failed": 1, "cost": f"0.{n}000", "moved": True} for n in (3, 4, 5, 6)]
+
+
+def test_when_one_judge_stops_the_others_do_not_go_on_alone(tmp_path):
+    rows = candidates(tmp_path / "c.jsonl", n=6)
+    with ChatServer() as server:
+        judges = [f"any@{server.url},concurrency=1,price=1/0", "gold"]
+        fails(label_args(judges, tmp_path / "run", rows, batch_size=2, max_cost=0.1), "--max-cost 0.1 is reached")
+    keys = [row["key"].split("/") for row in rows_of(tmp_path / "run" / "journal.jsonl")]
+    assert {(number, judge) for number, _, _, judge, *_ in keys} == {("0", "0"), ("0", "1"), ("1", "1")}
+
+
+def test_two_processes_do_not_share_a_run(tmp_path):
+    args = label_args("ranks", tmp_path / "run", write(tmp_path / "c.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}]))
+    (tmp_path / "run").mkdir()
+    with Journal(tmp_path / "run" / "journal.jsonl"):
+        fails(args, "journal.jsonl: another process is writing it")
+    assert label.main(args)["n"] == 1
 
 
 def test_max_cost_stops_with_one_line_and_a_higher_one_goes_on(tmp_path):
@@ -320,19 +462,25 @@ def test_a_label_is_the_mean_of_what_could_be_asked():
 
 @pytest.mark.parametrize("what", ["drop", "random"])
 def test_what_fails_is_dropped_or_a_marked_coin_flip(tmp_path, what):
-    """Two answers of five pairs cannot be read: two pairs fail. They are paid for all the same."""
+    """One answer cannot be read: its pair fails. It is paid for all the same."""
     rows = candidates(tmp_path / "c.jsonl", n=20)
-    with ChatServer(*["ok"] * 3, "no letter", "ok") as server:
+    with ChatServer(*["ok"] * 3, "empty", "ok") as server:
         args = label_args(f"any@{server.url},concurrency=1,price=1/0", tmp_path / "run", rows, on_failure=what)
         result = label.main(args)
     found = preferences(tmp_path / "run")
     (failed,) = [r for r in found if r["status"] == "failed"]
-    assert result["failed"] == 1 and "neither letter among the likely first tokens" in failed["error"]
+    assert result["failed"] == 1 and failed["error"] == "empty reply (finish_reason length)"
     assert failed["prompt_tokens"] == 200 and failed["cost"] == pytest.approx(0.2)
     assert failed["is_random"] == (what == "random") and failed["p_chosen"] == (1.0 if what == "random" else None)
     assert not any(r["is_random"] for r in found if r is not failed) and "p_first" in failed and failed["p_first"] is None
     kept = data.read_preferences(tmp_path / "run" / "preferences.jsonl")
     assert len(kept) == (20 if what == "random" else 19)
+
+
+def test_a_flip_needs_a_side_in_both_orders():
+    rows = [dict(p_first=p, p_first_swapped=q) for p, q in ((0.9, 0.2), (0.4, 0.6), (0.9, 0.8), (0.5, 0.7), (0.5, 0.3))]
+    assert label.flip_rate([*rows, dict(p_first=None, p_first_swapped=None)]) == 2 / 5
+    assert label.flip_rate([rows[2] | dict(each=[[0.9, 0.2], [0.9, 0.9]])]) == 1 / 2  # of each judge, which their mean hides
 
 
 def test_the_coin_is_fair_and_its_own():
@@ -390,7 +538,8 @@ MISTAKES = [
     (dict(judge=[], candidates=[TWO]), "name at least one judge"),
     (dict(judge=["no/model"], candidates=[TWO]), "no/model: no such model file"),
     (dict(judge=["gold,nose=1"], candidates=[TWO]), "gold judges have no option 'nose'"),
-    (dict(judge=["m@http://127.0.0.1:1/v1"], candidates=[TWO], max_cost=1.0), "--max-cost needs the prices"),
+    (dict(judge=["m@http://127.0.0.1:1/v1"], candidates=[TWO], max_cost=1.0), "--max-cost needs the prices of m"),
+    (dict(judge=GOLD, candidates=[TWO], max_cost=1.0), "--max-cost: no --judge is an endpoint"),
     (dict(judge=["m@http://me:hush@host/v1"], candidates=[TWO]), "with no password or query in the URL"),
     (dict(judge=GOLD, candidates=[TWO], max_cost=NAN), "--max-cost nan: must be above 0"),
 ]

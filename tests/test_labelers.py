@@ -114,6 +114,10 @@ def test_a_failed_call_fails_the_label_but_is_paid_for():
         assert (found.p_first, found.p_first_swapped) == (p_first, p_swapped)
         assert (found.prompt_tokens, found.completion_tokens, found.cost) == (22, 41, 0.75)
     assert combine(broken, broken).error == "no end"
+    hard = Answer(1.0, kind="verdict")
+    assert [combine(*pair).kind for pair in ((hard, hard), (hard, Answer(0.2)), (Answer(0.3), Answer(0.2)))] == [
+        "verdict", "mixed", "soft",
+    ]  # fmt: skip
     assert combine(broken, Answer(None, error="late")).error == "no end; late"
 
 
@@ -210,6 +214,23 @@ def test_the_shared_beginning_changes_nothing_and_is_forwarded_once(make, model,
     head = prefix.common(asked)
     assert head >= prefix.SHARED and read[0] == [asked[0][:head]] and len(read) == 3  # then two batches
     assert sorted(ids for rows in read[1:] for ids in rows) == sorted(ids[head:] for ids in asked)
+
+
+@pytest.mark.parametrize("options", [{}, {"cot": True}])
+def test_answers_that_are_there_are_not_computed_and_change_no_other(make, monkeypatch, options):
+    """A batch that is there is left out; in one that is not whole, the others keep their company, and their last bit."""
+    judge = make(batch_size=3, **options)
+    calls = [Call(text.dialogue(ask), pair, PRINCIPLE) for ask in ("fix the bike?", "how do i open the door?") for pair in PAIRS]
+    order = []
+    whole = judge.ask(calls, lambda i, answer: order.append(i))
+    batches, seen = [], []
+    way = "reasoned" if options else "direct"
+    plain = getattr(judge, way)
+    monkeypatch.setattr(judge, way, lambda calls, *rest: batches.append(calls) or plain(calls, *rest))
+    given = {i: whole[i] for i in order[:4]}  # the first batch, and one of the second
+    assert judge.ask(calls, lambda i, answer: seen.append(i), given) == whole and seen == order[4:]
+    assert batches[0] == [calls[i] for i in order[3:6]] and sum(map(len, batches)) == len(calls) - 3
+    assert judge.ask(calls, on_answer=None, given=dict(enumerate(whole))) == whole and sum(map(len, batches)) == len(calls) - 3
 
 
 def test_an_article_stands_apart_from_what_comes_before_it():
