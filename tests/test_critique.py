@@ -7,10 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from chat_server import ChatServer
 
 import critique
 from minirlaif import constitution, redteam, text, trainer
 from minirlaif.cli import UserError
+from minirlaif.endpoint import Completion
+from minirlaif.journal import Journal
+from minirlaif.labelers import LocalJudge
 from minirlaif.model import GPT, GPTConfig
 from minirlaif.tokenizer import load_tokenizer
 
@@ -149,74 +153,118 @@ def test_a_prompt_without_room_is_not_cropped_and_disturbs_nobody(model):
     assert sample([too_long], 0, False) == ([""], ["has no room in the context"])
 
 
-class Server:
-    """As minirlaif.endpoint's: complete(prompts, max_tokens, temperature) -> (text, ended, error)s."""
-
-    def __init__(self, answer=lambda prompt: ("Sure.", True, None)):
-        self.answer, self.calls = answer, []
-
-    def complete(self, prompts, max_tokens, temperature):
-        self.calls.append((prompts, max_tokens, temperature))
-        return [self.answer(p) for p in prompts]
+def completions_of(server, journal, prompts, paragraph=False, seed=5):
+    return critique.endpoint_sampler(server, journal, 0.7, 99)(prompts, seed, paragraph)
 
 
-def test_a_server_speaks_like_a_model():
+class Fake:
+    """As minirlaif.endpoint's: complete(prompts, max_tokens, temperature, on_answer, given) -> Completions."""
+
+    spent = 0.0
+
+    def __init__(self, replies):
+        self.replies, self.calls = replies, []
+
+    def complete(self, prompts, max_tokens, temperature, on_answer, given):
+        self.calls.append((prompts, max_tokens, temperature, sorted(given)))
+        found = [given.get(i) or self.replies[p] for i, p in enumerate(prompts)]
+        for i, completion in enumerate(found):
+            if i not in given and "tried" not in (completion.error or ""):
+                on_answer(i, completion)
+        return found
+
+
+def test_a_server_speaks_like_a_model(tmp_path):
     replies = {
-        "a": ("Sure.\n", True, None),
-        "b": ("One.\n\nTwo.", True, None),
-        "c": ("cut of", False, None),
-        "d": (None, False, "HTTP 500: down"),
-        "e": ("", True, None),
-        "f": ("paid", True, "no credit"),  # what has an error is no text, whatever came with it
+        "a": Completion("Sure.\n", True),
+        "b": Completion("One.\n\nTwo.", True),
+        "c": Completion("cut of", False),
+        "d": Completion("", False, error="HTTP 400: no"),
+        "e": Completion("", True),
+        "f": Completion("paid", True, error="no credit"),  # what has an error is no text, whatever came with it
     }
-    server = Server(replies.get)
-    sample = critique.endpoint_sampler(server, 0.7, 99)
-    said, ended = sample(list("abcdef"), 5, False)
-    assert said == [" Sure.", " One.\n\nTwo.", " cut of", "", "", " paid"]
-    assert ended == [True, True, False, "failed: HTTP 500: down", True, "failed: no credit"]
-    assert sample(["b"], 5, True) == ([" One."], [True])
-    assert server.calls[0] == (list("abcdef"), 99, 0.7)
+    server = Fake(replies)
+    with Journal(tmp_path / "j") as journal:
+        said, ended = completions_of(server, journal, list("abcdef"))
+        assert said == [" Sure.", " One.\n\nTwo.", " cut of", "", "", " paid"]
+        assert ended == [True, True, False, "failed: HTTP 400: no", True, "failed: no credit"]
+        assert completions_of(server, journal, ["b"], True, seed=6) == ([" One."], [True])
+        assert server.calls[0] == (list("abcdef"), 99, 0.7, [])
+        completions_of(server, journal, list("abcdef"))
+        assert server.calls[-1][-1] == [0, 1, 2, 3, 4, 5]  # failures that were paid for, too
+        server.replies["g"] = Completion("", False, error="tried 5x: HTTP 500")
+        with pytest.raises(UserError, match=r"1 of 2 calls got no answer \(tried 5x: HTTP 500; .*go on with --resume$"):
+            completions_of(server, journal, list("ga"), seed=7)
+        assert "7/1" in journal and "7/0" not in journal
 
 
-def test_a_server_as_the_critic(monkeypatch, tmp_path, capsys):
-    speaker, made = Speaker(), []
+class Critic(ChatServer):
+    """Speaks like Speaker; of boats it knows nothing."""
 
-    def answer(prompt):
-        return ("", False, "HTTP 503: busy") if "boat" in prompt else (speaker.say(prompt).strip(), True, None)
+    def begin(self, request):
+        behaviour = super().begin(request)
+        return "400" if "boat" in request["body"]["messages"][0]["content"] else behaviour
 
-    def server(url, name):
-        made.append((url, name))
-        return Server(answer)
+    def reply(self, body, behaviour):
+        reply = super().reply(body, behaviour)
+        if behaviour == "ok":
+            reply["choices"][0]["message"]["content"] = Speaker().say(body["messages"][0]["content"])
+        return reply
 
-    monkeypatch.setattr(critique, "Endpoint", server)
+
+def test_a_server_as_the_critic(tmp_path, capsys):
     prompts = prompts_file(tmp_path, "how do i fix the bike?", "how do i fix the boat?")
-    result = critique.main(args_for("some/chat@http://127.0.0.1:9/v1", prompts, tmp_path / "run"))
-    assert made == [("http://127.0.0.1:9/v1", "some/chat")]
+    with Critic() as server:
+        spec = f"some/chat@{server.url},price=1/10,concurrency=1"
+        result = critique.main(args_for(spec, prompts, tmp_path / "run"))
+    assert {r["body"]["model"] for r in server.requests} == {"some/chat"} and len(server.requests) == 5 + 1
     assert result["rows"] == 2 and result["faults"] == {"answer failed": 1}
-    assert "the first of 1 failed calls: answer failed: HTTP 503: busy" in capsys.readouterr().out
-    assert [c.get("fault") for c in rows_of(tmp_path / "run" / "chains.jsonl")] == [None, "answer failed: HTTP 503: busy"]
+    assert (result["prompt_tokens"], result["completion_tokens"], result["cost"]) == (500, 35, pytest.approx(0.85))
+    shown = capsys.readouterr().out
+    assert "the first of 1 failed calls: answer failed: HTTP 400" in shown and "500 + 35 tokens, cost 0.8500" in shown
+    chains = rows_of(tmp_path / "run" / "chains.jsonl")
+    assert "fault" not in chains[0] and chains[1]["fault"].startswith("answer failed: HTTP 400")
     assert [row["words"] for row in result["revisions"]] == [11, 6, 6]
 
 
-def test_what_a_server_was_paid_for_is_not_asked_again(monkeypatch, tmp_path):
-    prompts = prompts_file(tmp_path, *(f"how do i fix the {thing}?" for thing in ("bike", "boat", "car", "tent")))
-    args = args_for("chat@http://127.0.0.1:9/v1", prompts, tmp_path / "run", rounds=0)
-    servers = []
-
-    def dying(url, name):
-        def answer(prompt):
-            if "car" in prompt and len(servers) == 1:
-                raise RuntimeError("the power is out")
-            return ("Sure.", True, None)
-
-        servers.append(Server(answer))
-        return servers[-1]
-
-    monkeypatch.setattr(critique, "Endpoint", dying)
-    with pytest.raises(RuntimeError):
+@pytest.mark.parametrize("trouble", ["power", "silence", "money"])
+def test_what_a_server_was_paid_for_is_not_asked_again(monkeypatch, tmp_path, trouble):
+    """Six requests, and an end after three of them: in the middle of a batch."""
+    prompts = prompts_file(tmp_path, "how do i fix the bike?", "how do i fix the tent?")
+    with Critic() as server:
+        spec = f"chat@{server.url},concurrency=1,retries=0,price=1/0"
+        args = args_for(spec, prompts, tmp_path / "whole", rounds=1, max_cost=9.0)
         critique.main(args)
-    assert critique.main(replace(args, resume=True))["rows"] == 4
-    assert ["bike" in str(s.calls) for s in servers] == [True, False] and len(servers[1].calls) == 1
+        assert len(server.requests) == 6
+        server.requests.clear()
+        args = replace(args, out=str(tmp_path / "run"))
+        if trouble == "power":
+            plain = Journal.add
+
+            def die(self, records, *durable):
+                plain(self, records, *durable)
+                if len(self.records) == 3:
+                    raise RuntimeError("the power is out")
+
+            with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+                patch.setattr(Journal, "add", die)
+                critique.main(args)
+        elif trouble == "silence":
+            server.script = ["ok"] * 3 + ["500"]
+            with pytest.raises(UserError, match=r"1 of 2 calls got no answer \(tried 1x: HTTP 500.*go on with --resume$"):
+                critique.main(args)
+            server.script, server.requests = ["ok"], server.requests[:3]
+        else:
+            with pytest.raises(UserError, match="0.3000 spent.*go on with --resume and a higher --max-cost$"):
+                critique.main(replace(args, max_cost=0.3))
+            with pytest.raises(UserError, match="0.3000 spent"):  # what it cost before counts
+                critique.main(replace(args, max_cost=0.3, resume=True))
+            assert len(server.requests) == 3
+        assert len(server.requests) - (trouble == "power") in (2, 3) and not (tmp_path / "run" / "completions.jsonl").exists()
+        server.requests.clear()
+        result = critique.main(replace(args, resume=True))
+        assert len(server.requests) == 3 and result["cost"] == pytest.approx(0.6)
+    assert (tmp_path / "run" / "completions.jsonl").read_bytes() == (tmp_path / "whole" / "completions.jsonl").read_bytes()
 
 
 # prompts that the model writes
@@ -343,6 +391,26 @@ def test_the_table_is_written_and_printed(model, tmp_path, monkeypatch, capsys):
     assert rows[0]["tokens"] == first and critique.table(rows, "tokens") in capsys.readouterr().out
 
 
+def test_a_judge_scores_where_gold_cannot(model, tmp_path, monkeypatch, capsys):
+    """The scores of LocalJudge.score, each of its own answer; a chain that is too long for the judge has none, and is counted."""
+    prompts = prompts_file(tmp_path, "what is love?", "what is a bike?", "what is it? " + "bike " * 88)
+    args = args_for(model, prompts, tmp_path / "run", rounds=1, judge=model, principle="harm", max_new_tokens=20)
+    result = run_with(monkeypatch, Speaker(), args)
+    judge = LocalJudge(trainer.load_gpt(model), TOKENIZER, torch.device("cpu"), "fp32")
+    asked = constitution.load("toy").preferences_for("harm")[0].text
+    chains = rows_of(tmp_path / "run" / "chains.jsonl")
+    assert ["scores" in c for c in chains] == [True, True, False]
+    for k, row in enumerate(result["revisions"]):
+        said = [[c["initial"], *c["revisions"]][k] for c in chains[:2]]
+        expected = judge.score([c["prompt"] for c in chains[:2]], said, asked)
+        assert [c["scores"][k] for c in chains[:2]] == pytest.approx(expected, abs=1e-5)
+        assert (row["score"]["value"], row["score"]["n"]) == (pytest.approx(sum(expected) / 2, abs=1e-5), 2)
+    lines = critique.table(result["revisions"], "tokens").splitlines()
+    assert lines[0].endswith("| gold harm | gold helpfulness | judge score |") and lines[1].count("---") == 6
+    assert lines[2].count("|") == 7 and f"{result['revisions'][0]['score']['value']:.3f} ±" in lines[2]
+    assert "1 chains do not fit the context of" in capsys.readouterr().out
+
+
 # what the user can put right
 
 
@@ -369,9 +437,15 @@ def test_examples_must_leave_room_for_the_shortest_prompt(model, tmp_path, monke
     (dict(sample_prompts=0), "--sample-prompts 0: must be above 0"),
     (dict(sample_prompts=2), "none of 2 drafts is a usable prompt ({'too long': 1, 'a repeat': 1})"),
     (dict(constitution="inverted"), "inverted: has no critique_revision pairs"),
+    (dict(judge="gold"), "--judge and --principle belong together"),
+    (dict(judge="gold", principle="harm"), "--judge gold: only a local model gives scores"),
+    (dict(judge="gold", principle="wit"), "--principle wit: toy has ad,"),
+    (dict(max_cost=1.0), "--max-cost: a local --model costs nothing"),
+    (dict(model="m@http://127.0.0.1:9/v1,cot=1"), "--model m@http://127.0.0.1:9/v1,cot=1: endpoint judges have no option 'cot'"),
+    (dict(model="m@http://127.0.0.1:9/v1", max_cost=1.0), "--max-cost needs the prices of m"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(model, tmp_path, monkeypatch, changes, part):
-    args = args_for(model, prompts_file(tmp_path, "fix the bike"), tmp_path / "run", **changes)
+    args = args_for(**{"model": model} | changes, prompts=prompts_file(tmp_path, "fix the bike"), out=tmp_path / "run")
     with pytest.raises(UserError) as error:
         run_with(monkeypatch, Speaker([" half...", " fix the bike"]), args)
     assert part in str(error.value) and "\n" not in str(error.value)
