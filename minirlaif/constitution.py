@@ -1,6 +1,7 @@
 """Constitutions: principles to criticise, revise and judge by, and worked examples to put before them, read from JSON.
 
-Ours (data/constitutions/*.json) has a preamble, `critique_revision` pairs and `preferences`. The files published with
+Ours (data/constitutions/*.json) has a preamble (the assistant's character), `critique_revision` pairs, `preferences` and perhaps
+a `judge_preamble` (what a judge is told). The files published with
 Constitutional AI (Bai et al. 2022) are read as they are: a dict of {"prompt": [...], "edit_request": ...} for critique and
 revision, a list of strings for preferences, and three lists of few-shot examples (`load_few_shot`, `load_exemplars`).
 """
@@ -35,6 +36,7 @@ class Constitution:
     preamble: str = ""
     critique_revision: list[CritiqueRevision] = field(default_factory=list)
     preferences: list[Preference] = field(default_factory=list)
+    judge_preamble: str = ""
 
     def preferences_for(self, *names: str) -> list[Preference]:
         return [p for p in self.preferences if p.name in names]
@@ -126,10 +128,10 @@ def _parse(raw) -> Constitution:
     elif raw and all(isinstance(v, dict) for v in raw.values()):  # the paper's critique-revision file
         found = Constitution(critique_revision=[_papers_pair(name, v) for name, v in raw.items()])
     else:
-        _only(raw, "", "name", "preamble", "critique_revision", "preferences")
+        _only(raw, "", "name", "preamble", "critique_revision", "preferences", "judge_preamble")
         pairs = [CritiqueRevision(*texts) for texts in _rows(raw, "critique_revision", "critique", "revision", "asks")]
         preferences = [Preference(*texts) for texts in _rows(raw, "preferences", "text", "asks")]
-        found = Constitution(_text(raw, "preamble"), pairs, preferences)
+        found = Constitution(_text(raw, "preamble"), pairs, preferences, _text(raw, "judge_preamble"))
     if not found.critique_revision and not found.preferences:
         raise _Broken("holds no critique_revision pair and no preference")
     return found
@@ -200,7 +202,7 @@ def _entry(i: int, value, template: str | None = None) -> str:
 
 def _text(row: dict, key: str, where: str = "", template: str | None = None) -> str:
     """row[key], checked; what matches `template` is taken out, and the space around the rest."""
-    optional = key in ("asks", "preamble")
+    optional = key in ("asks", "preamble", "judge_preamble")
     if key not in row and not optional:
         raise _Broken(f"{where}key '{key}' is missing")
     value = row.get(key, "")

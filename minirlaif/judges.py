@@ -2,9 +2,12 @@
 
     runs/my/base                      a local model; options:
         cot=1                             reason first, then the letter (1: greedily; n > 1: the mean over n sampled reasonings)
-        exemplars=FILE                    worked judgements before each question, separated by lines of ---
-        preamble=plain                    words before everything: plain, detailed (minirlaif/text.py) or a FILE
-    gpt-4o-mini@https://.../v1        an OpenAI-compatible endpoint (the key is read from OPENAI_API_KEY); options:
+        exemplars=FILE                    worked judgements before each question, separated by lines of ---; or a list of the
+                                              paper's (.json), asked under the first principle of the constitution
+        preamble=plain                    words before everything: plain, detailed (minirlaif/text.py), none or a FILE;
+                                              without it, the judge_preamble of the constitution, if it has one
+    gpt-4o-mini@https://.../v1        an OpenAI-compatible endpoint (the key is read from OPENAI_API_KEY); its system prompt is
+                                          the judge_preamble of the constitution, or else its preamble; options:
         concurrency=4 retries=4 timeout=30
         price=0.15/0.6                    per 1,000 prompt and completion tokens; 0/0: free, also under a --max-cost
         logprobs=0                        ask for JSON verdicts from the start
@@ -81,6 +84,18 @@ def load_endpoint(spec: str, max_cost: float | None = None, system="", flag="--j
     return Endpoint(url, name, max_cost=max_cost, system=system, **options)
 
 
+def load_exemplars(path: str, principles: constitution.Constitution, cot: bool) -> list[str]:
+    """Worked judgements from a text file, or from a list of the paper's: with their reasoning for a judge that reasons."""
+    if not path.endswith(".json"):
+        return [e.strip("\n") for e in _read(path).split("\n---\n")]
+    shots = constitution.load_exemplars(path)
+    if not principles.preferences:
+        raise UserError(f"exemplars={path}: needs a constitution with preferences, under the first of which they are asked")
+    asked = principles.preferences[0].text
+    reasons = [" " + e.reasoning if cot and e.reasoning else None for e in shots]
+    return [text.worked(e.prompt, e.responses, asked, text.CHOICES[e.better], r) for e, r in zip(shots, reasons, strict=True)]
+
+
 def load(spec: str, constitution_name: str, device, dtype_of, seed: int = 0, max_cost: float | None = None):
     """The judge that `spec` describes. dtype_of(model) -> "fp32" or "bf16", for a local one."""
     kind, who, options = parse(spec)
@@ -88,7 +103,7 @@ def load(spec: str, constitution_name: str, device, dtype_of, seed: int = 0, max
     if kind == "gold":
         return GoldJudge({p.text: p.name for p in principles.preferences}, seed=seed, **options)
     if kind == "endpoint":
-        return load_endpoint(spec, max_cost, principles.preamble)
+        return load_endpoint(spec, max_cost, principles.judge_preamble or principles.preamble)
     model, tokenizer = trainer.load_gpt(who, device), trainer.tokenizer_of(who)
     samples, given = options.get("cot", 0), options.get("preamble")
     preamble = text.PREAMBLES[given] if given in text.PREAMBLES else _read(given).strip("\n") if given else ""
@@ -97,8 +112,8 @@ def load(spec: str, constitution_name: str, device, dtype_of, seed: int = 0, max
         tokenizer,
         device,
         dtype_of(model),
-        exemplars=[e.strip("\n") for e in _read(options["exemplars"]).split("\n---\n")] if "exemplars" in options else [],
-        preamble=preamble,
+        exemplars=load_exemplars(options["exemplars"], principles, samples > 0) if "exemplars" in options else [],
+        preamble=principles.judge_preamble if given is None else preamble,
         cot=samples > 0,
         samples=max(1, samples),
         seed=seed,

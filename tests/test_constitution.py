@@ -41,10 +41,10 @@ def test_the_one_for_harmless_dialogue():
 
 
 def test_the_one_for_summaries():
-    """The preamble is what a judge is told; each aspect that it speaks of has its principle."""
+    """The preamble is for a judge, and no assistant's; each aspect that it speaks of has its principle."""
     found = load("summarization")
     assert [p.name for p in found.preferences] == ["accuracy", "coverage", "coherence", "brevity", "overall"]
-    assert all(word in found.preamble for word in ("accurate", "covers", "coherent", "brief"))
+    assert found.preamble == "" and all(word in found.judge_preamble for word in ("accurate", "covers", "coherent", "brief"))
     assert not found.critique_revision and all("summary" in p.text for p in found.preferences)
 
 

@@ -1,5 +1,7 @@
 """A judge from one line of text: what it becomes, and what a mistake in it says."""
 
+import json
+
 import pytest
 import torch
 
@@ -30,7 +32,7 @@ def test_an_endpoint_with_its_options():
     assert isinstance(judge, Endpoint) and (judge.name, judge.base_url) == ("org/m", URL)
     assert (judge.concurrency, judge.retries, judge.soft, judge.max_cost) == (7, 2, False, 3.0)
     assert (judge.price_prompt, judge.price_completion) == (0.5, 2.0) and judge.client.timeout == 9
-    assert judge.system == constitution.load("summarization").preamble
+    assert judge.system == constitution.load("summarization").judge_preamble
     assert load(f"m@{URL}", "harmless").system == constitution.load("harmless").preamble and load(f"m@{URL}").soft is None
     assert load(f"m@{URL},price=0/0", max_cost=3.0).max_cost == 3.0
 
@@ -85,6 +87,27 @@ def test_a_critic_is_written_as_a_judge_is():
     assert (critic.price_completion, critic.concurrency, critic.max_cost, critic.system) == (0.4, 2, 3.0, "")
     with pytest.raises(UserError, match="--model m@.*: endpoint judges have no option 'cot'"):
         judges.load_endpoint(f"m@{URL},cot=1", flag="--model")
+
+
+def test_what_a_constitution_tells_a_judge_stands_before_every_question(model, tmp_path):
+    """Unless there are other words; and a preamble that gives the assistant its character is nothing to a judge."""
+    assert load(model, "summarization").before == constitution.load("summarization").judge_preamble + "\n\n"
+    assert load(f"{model},preamble=none", "summarization").before == ""
+    assert load(f"{model},preamble=plain", "summarization").before == text.PREAMBLES["plain"] + "\n\n"
+    assert load(model, "toy").before == load(model, "harmless").before == ""
+
+
+@pytest.mark.parametrize("cot", [0, 1])
+def test_the_papers_lists_of_judged_pairs_are_exemplars(model, tmp_path, cot):
+    """Under the first principle of the constitution; with the reasoning, where it has one and the judge reasons."""
+    why = "Assistant: Let's think step by step: it is rude.\n\nHuman:\nSo the answer is: (B)"
+    talk = "\n\nHuman: Consider this talk:\n\nH: hello.\n\n{}\n (A) [[[no.]]]\n (B) [[[ok.]]]\n\n" + why
+    shots = [{"prompt": "P", "corrects": ["good"], "incorrects": ["bad"]}, {"prompt": talk}]
+    (tmp_path / "shots.json").write_text(json.dumps(shots))
+    asked = constitution.load("toy").preferences[0].text
+    plain = text.worked("P", [" bad", " good"], asked, "B")
+    reasoned = text.worked("\n\nHuman: hello.\n\nAssistant:", [" no.", " ok."], asked, "B", " it is rude." if cot else None)
+    assert load(f"{model},cot={cot},exemplars={tmp_path}/shots.json").before == text.before("", [plain, reasoned])
 
 
 def test_a_file_of_exemplars_that_is_not_there(model):
