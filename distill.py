@@ -50,7 +50,7 @@ class Args:
     lr: float = cli.arg(1e-3, "peak learning rate, linear to 0; 1e-5 (large models) to 1e-3 (tiny ones)")
     max_new_tokens: int = cli.arg(48, "longest answer in tokens, 32-256")
     on_bad_row: str = cli.arg("error", "a row that cannot be used: stop, or skip and count it", choices=["error", "skip"])
-    lora_rank: int = cli.arg(0, "rank of an adapter to train instead of the weights (minirlaif/lora.py), 4-64; 0: none")
+    lora_rank: int = cli.arg(0, "rank of an adapter to train, not the weights, 4-64, at about 10 times the --lr; 0: none")
     seed: int = cli.arg(0, "seed of the teacher's samples and of the order")
     device: str = cli.arg("auto", "auto takes cuda, mps or cpu, the first that is there", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = cli.arg("auto", "bf16 is autocast over fp32 weights; auto measures", choices=["auto", "fp32", "bf16"])

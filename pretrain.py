@@ -42,7 +42,7 @@ class Args:
     max_grad_norm: float = cli.arg(1.0, "clip the gradient's norm at this")
     eval_fraction: float = cli.arg(0.01, "share of the documents held out for the validation loss, 0-0.1")
     on_bad_row: str = cli.arg("error", "a row that cannot be used: stop, or skip and count it", choices=["error", "skip"])
-    lora_rank: int = cli.arg(0, "rank of an adapter to train instead of the weights (minirlaif/lora.py), 4-64; 0: none")
+    lora_rank: int = cli.arg(0, "rank of an adapter to train, not the weights, 4-64, at about 10 times the --lr; 0: none")
     seed: int = cli.arg(0, "seed of weights and data order")
     device: str = cli.arg("auto", "auto takes cuda, mps or cpu, the first that is there", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = cli.arg("auto", "bf16 is autocast over fp32 weights; auto measures", choices=["auto", "fp32", "bf16"])

@@ -62,7 +62,7 @@ class Args:
     min_new_tokens: int | None = cli.arg(None, help="draw each batch's limit from this to --max-new-tokens (no cap then)")
     missing_eos_penalty: float | None = cli.arg(-1.0, help="cap on the score of a response without an end, -3 to 0; inf: off")
     dump_rollouts: int = cli.arg(0, help="responses a step to write, token by token, for evaluate.py tokens, 0-4")
-    lora_rank: int = cli.arg(0, help="rank of an adapter to train instead of the weights (minirlaif/lora.py), 4-64; 0: none")
+    lora_rank: int = cli.arg(0, help="rank of an adapter to train, not the weights, 4-64, at about 10 times the --lr; 0: none")
     seed: int = cli.arg(0, help="decides prompts, samples and minibatches")
     device: str = cli.arg("auto", "auto takes cuda, mps or cpu, the first that is there", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = cli.arg("auto", "bf16 is autocast over fp32 weights; auto measures", choices=["auto", "fp32", "bf16"])

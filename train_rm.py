@@ -39,7 +39,7 @@ class Args:
     lr: float = cli.arg(3e-4, help="peak learning rate, 1e-6 (large models) to 5e-4 (tiny ones): warmup, then cosine to a tenth")
     weight_decay: float = cli.arg(0.01, help="AdamW's decay of matrices, 0-0.1")
     max_grad_norm: float = cli.arg(1.0, help="clip the gradient's norm at this")
-    lora_rank: int = cli.arg(0, help="rank of an adapter to train instead of the weights (minirlaif/lora.py), 4-64; 0: none")
+    lora_rank: int = cli.arg(0, help="rank of an adapter to train, not the weights, 4-64, at about 10 times the --lr; 0: none")
     seed: int = cli.arg(0, help="decides the split, the order and the head")
     device: str = cli.arg("auto", "auto takes cuda, mps or cpu, the first that is there", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = cli.arg("auto", "bf16 is autocast over fp32 weights; auto measures", choices=["auto", "fp32", "bf16"])
