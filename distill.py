@@ -195,7 +195,7 @@ def main(args: Args) -> dict:
         if ddp.agree(bool(file and file.exists())):
             stored, responses = targets.load(file, made)
         else:
-            responses = state["responses"] if state else answered(train, "train")
+            responses = state["responses"] if state else ddp.agree(answered(train, "train"))
         rows = filled(train, responses)
         if file and rows and not stored:
             with precision:
@@ -204,7 +204,7 @@ def main(args: Args) -> dict:
                 targets.save(file, found, responses, made)
             ddp.agree(None)  # it is there
             stored, _ = targets.load(file, made)
-        test_responses = state["test_responses"] if state else answered(held_out, "test")
+        test_responses = state["test_responses"] if state else ddp.agree(answered(held_out, "test"))
         test = filled(held_out, test_responses)
         for number, path in enumerate(args.data):
             if not test or not any(e.file == number for e in rows):

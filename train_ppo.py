@@ -61,7 +61,7 @@ class Args:
     max_new_tokens: int = cli.arg(32, help="longest response in tokens, end-of-text included, 16-256")
     min_new_tokens: int | None = cli.arg(None, help="draw each batch's limit from this to --max-new-tokens (no cap then)")
     missing_eos_penalty: float | None = cli.arg(-1.0, help="cap on the score of a response without an end, -3 to 0; inf: off")
-    dump_rollouts: int = cli.arg(0, help="responses a step to write, token by token, for evaluate.py tokens, 0-4")
+    dump_rollouts: int = cli.arg(0, help="responses a step to write, token by token, for evaluate.py tokens, 0-128")
     lora_rank: int = cli.arg(0, help="rank of an adapter to train, not the weights, 4-64, at about 10 times the --lr; 0: none")
     seed: int = cli.arg(0, help="decides prompts, samples and minibatches")
     device: str = cli.arg("auto", "auto takes cuda, mps or cpu, the first that is there", choices=["auto", "cpu", "cuda", "mps"])
@@ -93,7 +93,7 @@ def score(models: Models, samples: Samples, parts, temperature, precision):
     reads_text = isinstance(models.reward_model, rewards.TextReward)
     if reads_text:
         rows = ddp.share(torch.arange(len(tokens)))
-        scores[rows] = models.reward_model(samples.select(rows)).to(tokens.device)
+        scores[rows] = models.reward_model(samples)[rows].to(tokens.device)
     for rows in parts:
         width = ppo.padded_length(length[rows], T)  # the shape that the update will use
         t, m = tokens[rows, :width], mask[rows, :width]
@@ -181,12 +181,14 @@ def main(args: Args):
     cli.require_not_negative(args, "kl_coef", "lr", "value_lr", "dump_rollouts", "lora_rank")
     if not 0 <= args.lam <= 1:
         raise UserError(f"--lam {args.lam}: must be in 0-1")
-    if args.missing_eos_penalty is not None and math.isnan(args.missing_eos_penalty):
-        raise UserError("--missing-eos-penalty nan: must be a number, or inf for none")
+    if args.missing_eos_penalty is not None and not args.missing_eos_penalty > -math.inf:
+        raise UserError(f"--missing-eos-penalty {args.missing_eos_penalty}: must be a number, or inf for none")
     if args.min_new_tokens is not None and args.min_new_tokens > args.max_new_tokens:
         raise UserError(f"--min-new-tokens {args.min_new_tokens}: more than --max-new-tokens {args.max_new_tokens}")
-    if args.minibatch_size < ddp.world():
-        raise UserError(f"--minibatch-size {args.minibatch_size}: fewer rows than the {ddp.world()} processes")
+    if args.kl_target is not None and not (args.kl_coef > 0 and args.kl_horizon >= args.batch_size):
+        raise UserError("--kl-target: needs a --kl-coef above 0 to adapt, and a --kl-horizon of at least --batch-size samples")
+    if min(args.batch_size, args.minibatch_size) < ddp.world():
+        raise UserError(f"--batch-size, --minibatch-size: fewer rows than the {ddp.world()} processes")
     device = ddp.start(trainer.resolve_device(args.device))
     with trainer.Run(args.out, args, args.resume) as run:
         if run.finished:
@@ -219,7 +221,9 @@ def main(args: Args):
                 models.reward_model.mean, models.reward_model.std = state["scale"].values()
             else:
                 print(f"{args.out}: scoring {REFERENCE_SAMPLES} samples of the reference, to normalise by", flush=True)
-                models.reward_model.normalise(sample(models.ref_policy, 0, REFERENCE_SAMPLES, "reference"))
+                # in several batches, each with its own limit where that is drawn, as in training
+                batches = [sample(models.ref_policy, i, REFERENCE_SAMPLES // 16, "reference", i) for i in range(16)]
+                models.reward_model.normalise(batches)
             scale = {"reference/mean": models.reward_model.mean, "reference/std": models.reward_model.std}
 
         def make_state():

@@ -15,9 +15,11 @@ import sys
 import torch
 import torch.distributed as dist
 
+from minirlaif.cli import UserError
+
 
 def rank() -> int:
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", 0)) if world() > 1 else 0
 
 
 def world() -> int:
@@ -30,11 +32,13 @@ def start(device: torch.device) -> torch.device:
         return device
     if rank() > 0:
         sys.stdout = io.StringIO()  # every process says the same
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"torchrun: process {device.index} of this machine has no GPU; start fewer, or --device cpu")
         torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from minirlaif import ddp
 from minirlaif.cli import UserError
 from minirlaif.heads import RewardModel
 from minirlaif.model import GPT, KVCache
@@ -33,6 +34,8 @@ class Adapter(nn.Module):
 
     def __init__(self, base: GPT, rank: int, generator=None, alpha=None, targets=TARGETS):
         super().__init__()
+        if rank > 4 * base.config.n_embd:
+            raise UserError(f"--lora-rank {rank}: more than its widest matrix has, {4 * base.config.n_embd}; 4-64 are usual")
         self.rank, self.alpha, self.targets = rank, rank if alpha is None else alpha, tuple(targets)
         # not registered: parameters(), state_dict(), train() and deepcopy are the adapter's alone
         for name, value in (("base", base), ("h", base.h), ("wte", base.wte), ("lm_head", base.lm_head)):
@@ -122,6 +125,8 @@ def save(folder, model, kind: str, tokenizer_name: str):
         prefix = "" if adapter is model else "gpt."
         weights = {name: w for name, w in weights.items() if not name.startswith((prefix + "A.", prefix + "B."))}
         weights |= {prefix + name: w for name, w in adapter.merged_state_dict().items()}
+    elif ddp.rank() == 0:
+        (Path(folder) / "adapter.pt").unlink(missing_ok=True)  # of an earlier run, it would be taken for this one's
     save_model(folder, adapter.config, weights, kind, tokenizer_name)
 
 

@@ -240,5 +240,6 @@ def update(policy, value_model, policy_optimizer, value_optimizer, rollout, epoc
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             norms[f"{name}/grad_norm"] += norm
-    totals = dict(zip(totals, ddp.total(torch.stack(list(totals.values()))).tolist(), strict=True)) | norms
-    return {name: float(total) / seen for name, total in totals.items()} | {"policy/updates": steps}
+    totals = dict(zip(totals, ddp.total(torch.stack(list(totals.values()))).tolist(), strict=True))
+    norms = {f"{name}/grad_norm": float(norms[f"{name}/grad_norm"]) / max(1, steps) for name in models}
+    return {name: total / seen for name, total in totals.items()} | norms | {"policy/updates": steps}

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minirlaif import constitution, trainer
+from minirlaif import constitution, ddp, trainer
 from minirlaif.cli import UserError
 from minirlaif.labelers import LocalJudge
 
@@ -36,7 +36,16 @@ class TextReward:
     std: float = 1.0
 
     def __call__(self, samples) -> torch.Tensor:
-        """sampling.Samples -> scores (B,), fp32, on the CPU. UserError: what the function gives are not B finite numbers."""
+        """sampling.Samples -> scores (B,), fp32, on the CPU; of several processes each scores its share.
+
+        UserError: what the function gives is not one finite number a response.
+        """
+        whole = torch.zeros(len(samples.tokens))
+        for rank, part in enumerate(ddp.gather(self.raw(samples.select(ddp.share(torch.arange(len(whole))))))):
+            ddp.share(whole, rank)[:] = part
+        return (whole - self.mean) / self.std
+
+    def raw(self, samples) -> torch.Tensor:
         tokens, prompt_len = samples.tokens.tolist(), samples.prompt_len.tolist()
         prompts = [self.tokenizer.decode(ids[:n]) for ids, n in zip(tokens, prompt_len, strict=True)]
         responses = [self.tokenizer.decode(ids) for ids in samples.responses()]
@@ -46,9 +55,8 @@ class TextReward:
             raise
         except Exception as e:  # the user's own code: say whose it is, and where it went wrong
             place = traceback.extract_tb(e.__traceback__)[-1]
-            raise UserError(
-                f"--reward-model {self.name}: raised {type(e).__name__}: {e} ({place.filename}:{place.lineno})"
-            ) from e
+            where = "" if place.filename == __file__ else f" ({place.filename}:{place.lineno})"  # here: it cannot be called so
+            raise UserError(f"--reward-model {self.name}: raised {type(e).__name__}: {e}{where}") from e
         try:
             scores = torch.as_tensor(found, dtype=torch.float32, device="cpu")
         except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -59,11 +67,11 @@ class TextReward:
         if not scores.isfinite().all():
             row = int((~scores.isfinite()).nonzero()[0])
             raise UserError(f"--reward-model {self.name}: gives {scores[row]} for the response {responses[row]!r:.60}")
-        return (scores - self.mean) / self.std
+        return scores
 
-    def normalise(self, samples):
-        """Mean 0, std 1 on these samples of the reference, so that kl_coef keeps its meaning. UserError: no spread."""
-        scores = self(samples)
+    def normalise(self, batches):
+        """Mean 0, std 1 on these batches of samples of the reference, so that kl_coef keeps its meaning. UserError: no spread."""
+        scores = torch.cat([self(samples) for samples in batches])
         if len(scores) < 2 or not scores.std() > 0:
             raise UserError(f"--reward-model {self.name}: gives all reference samples the same score, {scores[0]:.4g}")
         self.mean, self.std = scores.mean().item(), scores.std().item()
@@ -80,6 +88,8 @@ def load(spec: str, tokenizer, device, dtype_of):
         raise UserError(f"--reward-model {spec}: name the module as in an import, without .py: my_rewards:shorter")
     if re.fullmatch(r"[\w.]+:\w+", spec) and not os.path.exists(spec):
         return TextReward(spec, find_function(spec, kind, rest), tokenizer)
+    if ":" in spec and not os.path.exists(spec):
+        raise UserError(f"--reward-model {spec}: no such file; a function is written package.module:function, without options")
     return trainer.load_reward(spec, device)
 
 
@@ -111,14 +121,13 @@ def judge_score(spec: str, rest: str, device, dtype_of):
 
 
 def find_function(spec: str, module: str, name: str):
-    sys.path.insert(0, os.getcwd())  # as `python -m` would: the user's file lies where the user is
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` would: the user's files lie where the user is
     try:
         function = getattr(importlib.import_module(module), name)
     except (Exception, SystemExit) as e:  # whatever the user's module does when it is imported
         kind = "" if isinstance(e, ImportError | AttributeError) else f"importing {module} raised {type(e).__name__}: "
         raise UserError(f"--reward-model {spec}: {kind}{e}") from None
-    finally:
-        sys.path.pop(0)
     if not callable(function):
         raise UserError(f"--reward-model {spec}: {name} is no function")
     return function

@@ -9,6 +9,7 @@ Of several processes (ddp.py) the first writes, for all. Left out: gradient scal
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -194,8 +195,10 @@ class Run:
 
         A state.pt that cannot be read is replaced by state.prev.pt, with a warning. UserError: that one is damaged too.
         """
-        state = ddp.agree(self._load_state() if ddp.rank() == 0 else None)
-        if state is not None:
+        state = self._load_state() if ddp.rank() == 0 else None
+        if ddp.agree(state is not None):
+            if state is None:  # process 0 has seen to it that this file is whole
+                state = torch.load(self.state_file, map_location="cpu", weights_only=True)["state"]
             self.step = self.saved_step = state.get("step", 0)
         return state
 
@@ -209,6 +212,8 @@ class Run:
                 saved = torch.load(file, map_location="cpu", weights_only=True)
                 state, offset = saved["state"], saved["metrics_bytes"]
             except DAMAGED as e:
+                if isinstance(e, OSError) and e.errno in (errno.EIO, errno.EACCES, errno.ESTALE):  # the disk's fault
+                    raise UserError(f"{file}: cannot read: {e.strerror}; run again with --resume") from None
                 print(f"warning: {file}: damaged ({type(e).__name__})", file=sys.stderr)
                 continue
             os.replace(file, self.state_file)  # a damaged state.pt must not become the next state.prev.pt
@@ -330,6 +335,8 @@ def _hashes(asked):
                 if flag == "constitution" or part.startswith("constitution="):
                     name = str(constitution.path_of(name))
                 files[name] = _model_file(name)
+                if flag == "reward_model" and ":" in name:  # module:function
+                    files[name] = Path(name.partition(":")[0].replace(".", "/") + ".py")
     return {name: _digest(file, file.with_name("adapter.pt")) for name, file in files.items() if file.is_file()}
 
 

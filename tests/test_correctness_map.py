@@ -14,3 +14,8 @@ def test_every_test_that_the_map_names_exists():
         assert not missing, f"{file}: {sorted(missing)}"
         named += len(names.split(", "))
     assert named > 100, "the pattern reads the map no more"
+
+
+def test_every_item_of_the_list_has_a_row():
+    rows = {int(n) for n in re.findall(r"^\| (\d+) \|", (HERE / "README.md").read_text(), re.M)}
+    assert rows == set(range(1, 34))

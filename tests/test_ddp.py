@@ -53,11 +53,10 @@ def launch(runs, processes):
         port = s.getsockname()[1]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}  # as torchrun sets them
+    folder = runs[0][1].out.rpartition("/")[0].rpartition("/")[0]  # where the reward function is
     command = [sys.executable, "-c", CHILD, json.dumps([(module.__name__, asdict(args)) for module, args in runs])]
-    children = [
-        subprocess.Popen(command, env=env | {"RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for rank in range(processes)
-    ]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    children = [subprocess.Popen(command, cwd=folder, env=env | {"RANK": str(rank)}, **pipes) for rank in range(processes)]
     said = [child.communicate() for child in children]
     assert [child.returncode for child in children] == [0] * processes, said
     return [out for out, _ in said]
@@ -80,12 +79,15 @@ def runs(home, base, prompts, labelled, tmp_path_factory):
         ),
         train_ppo: dict(
             init=base, reward_model=str(out / "rm.pt"), data=prompts, steps=5, batch_size=9, minibatch_size=4, ppo_epochs=2,
-            max_new_tokens=12, lr=1e-3, value_lr=1e-3, whiten_rewards=True,
+            max_new_tokens=12, lr=1e-3, value_lr=1e-3, whiten_rewards=True, max_approx_kl=10.0, kl_target=1.0,
         ),
     }  # fmt: skip
+    (out / "lengths.py").write_text("def longer(prompts, responses):\n    return [len(r) for r in responses]\n")
+    adapters = cases[train_ppo] | dict(reward_model="lengths:longer", lora_rank=4, lr=1e-2, value_lr=1e-2)
     said = {}
     for n in (1, 2):
         jobs = [(module, module.Args(out=str(out / module.__name__ / str(n)), **args, **CPU)) for module, args in cases.items()]
+        jobs += [(train_ppo, train_ppo.Args(out=str(out / "adapters" / str(n)), **adapters, **CPU))]
         if n == 2:
             jobs += [(train_ppo, train_ppo.Args(out=str(out / "interrupted"), **cases[train_ppo], **CPU))]
         said[n] = launch(jobs, n)
@@ -118,6 +120,16 @@ def test_two_processes_make_the_steps_of_one(module, runs):
         assert x.keys() == y.keys()
         for name in x.keys() - {"tokens_per_second", "speed/tokens_per_second"}:
             assert x[name] == pytest.approx(y[name], rel=1e-3, abs=1e-6), name
+
+
+def test_adapters_and_a_reward_function_too(runs):
+    out, _, _ = runs
+    states = [torch.load(out / "adapters" / n / "state.pt", weights_only=True)["state"] for n in "12"]
+    one, two = (vector([s["policy"], s["value_model"]]) for s in states)
+    b = vector([{k: v for k, v in states[0]["policy"].items() if k.startswith("B.")}])  # started at 0
+    assert b.norm() > 1e-2
+    assert (one - two).norm() <= 1e-4 * b.norm()
+    assert states[0]["scale"] == pytest.approx(states[1]["scale"])
 
 
 def test_ctrl_c_at_one_process_stops_all_after_the_same_step(runs):

@@ -63,11 +63,11 @@ def test_scores_are_normalised_on_reference_samples(functions, samples):
     s, tokenizer = samples
     reward = load("my_rewards:shorter", tokenizer)
     raw = reward(s)
-    reward.normalise(s)
+    reward.normalise([s.select(torch.arange(2)), s.select(torch.tensor([2]))])
     assert reward(s).mean().item() == pytest.approx(0, abs=1e-6) and reward(s).std().item() == pytest.approx(1, abs=1e-5)
     assert torch.allclose(reward(s), (raw - raw.mean()) / raw.std())
     with pytest.raises(UserError, match="same: gives all reference samples the same score, 2.5"):
-        load("my_rewards:same", tokenizer).normalise(s)
+        load("my_rewards:same", tokenizer).normalise([s])
 
 
 @pytest.mark.parametrize(
@@ -103,6 +103,8 @@ def test_what_is_no_score_stops_with_one_line(functions, samples, name, message)
         ("bad_exit:f", "importing bad_exit raised SystemExit"),
         ("judge:{base},constitution=critiques.json", "no preference principles"),
         ("nowhere", "nowhere: no such model file"),
+        ("a/my_rewards:f", "a function is written package.module:function"),
+        ("my_rewards:f,opt=1", "without options"),
     ],
 )
 def test_a_wrong_spec_is_named(functions, base, samples, spec, message):
@@ -151,6 +153,32 @@ def test_ppo_without_a_reward_model_runs_and_resumes(functions, tmp_path, base, 
     assert all(torch.equal(whole[k], cut[k]) for k in whole)
     first = rows_of(tmp_path / "whole")[0]
     assert first["reference/std"] > 0 and abs(first["objective/scores"]) < 2
+
+
+def test_a_function_that_has_changed_is_no_longer_that_of_the_run(functions, tmp_path, base, prompts, monkeypatch):
+    args = make_args(base, prompts, tmp_path / "run", "my_rewards:shorter")
+    end_step = trainer.Run.end_step
+
+    def stop(run, step, make_state):
+        run.save_state({"step": step, **make_state()})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.Run, "end_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_ppo.main(args)
+    monkeypatch.setattr(trainer.Run, "end_step", end_step)
+    file = functions / "my_rewards.py"
+    file.write_text(file.read_text().replace("[-len(r)", "[+len(r)"))
+    with pytest.raises(UserError, match="my_rewards:shorter has changed since this run began"):
+        train_ppo.main(replace(args, resume=True))
+
+
+def test_the_scale_does_not_hang_on_one_drawn_limit(functions, tmp_path, base, prompts):
+    found = []
+    for seed in (0, 1, 2):
+        train_ppo.main(make_args(base, prompts, tmp_path / str(seed), "my_rewards:shorter", seed=seed, steps=1, min_new_tokens=1))
+        found.append(rows_of(tmp_path / str(seed))[0]["reference/std"])
+    assert max(found) < 1.6 * min(found)  # one limit for all samples: 2 to 6 times
 
 
 def test_ppo_learns_what_a_function_rewards(functions, tmp_path, base, prompts):

@@ -386,12 +386,13 @@ def test_whitened_rewards_keep_their_mean(home, tmp_path, monkeypatch):
 
 def test_an_update_ends_where_approx_kl_passes_its_bound(home, tmp_path):
     """A bound that the second epoch passes: the steps before it are those of a run without one, and no more are taken."""
-    changes = dict(steps=1, lr=0.03, batch_size=8, minibatch_size=8, ppo_epochs=4)
+    changes = dict(steps=3, lr=0.03, batch_size=8, minibatch_size=8, ppo_epochs=4)
     train_ppo.main(make_args(home, tmp_path / "bound", **changes, max_approx_kl=1e-4))
     train_ppo.main(make_args(home, tmp_path / "one", **changes | {"ppo_epochs": 1}))
     train_ppo.main(make_args(home, tmp_path / "loose", **changes, max_approx_kl=1e4))
     bound, loose = metrics(tmp_path / "bound")[0], metrics(tmp_path / "loose")[0]
     assert (bound["policy/updates"], loose["policy/updates"]) == (1, 4)
+    assert bound["policy/grad_norm"] == metrics(tmp_path / "one")[0]["policy/grad_norm"]  # of the steps that were taken
     assert same(trainer.load_gpt(tmp_path / "bound").state_dict(), trainer.load_gpt(tmp_path / "one").state_dict())
 
 
@@ -455,6 +456,10 @@ def test_nan_stops_with_one_line(home, tmp_path, monkeypatch, model):
         ({"init": "nowhere"}, "nowhere"),
         ({"min_new_tokens": 13}, "--min-new-tokens 13: more than --max-new-tokens 12"),
         ({"dump_rollouts": -1}, "--dump-rollouts"),
+        ({"kl_target": 3.0, "kl_coef": 0.0}, "--kl-target: needs a --kl-coef above 0"),
+        ({"kl_target": 3.0, "kl_horizon": 5.0}, "--kl-horizon of at least --batch-size"),
+        ({"missing_eos_penalty": float("-inf")}, "--missing-eos-penalty -inf"),
+        ({"lora_rank": 1000}, "--lora-rank 1000: more than its widest matrix has, 64"),
     ],
 )
 def test_wrong_flags_are_named(home, tmp_path, changes, message):

@@ -300,6 +300,23 @@ def test_a_flipped_bit_anywhere_is_seen_or_harmless(tmp_path, capsys):
     assert seen > 2000 / 7  # at least the bytes of the tensor
 
 
+def test_a_disk_that_does_not_answer_costs_no_checkpoint(tmp_path, monkeypatch):
+    args = Args(str(tmp_path / "a"))
+    with trainer.Run(args.out, args) as run:
+        run.save_state({"step": 1})
+        run.save_state({"step": 2})
+    before = run.state_file.read_bytes()
+
+    def fail(file):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch, trainer.Run(args.out, args, resume=True) as run:
+        patch.setattr(trainer.zipfile, "ZipFile", fail)
+        with pytest.raises(UserError, match="state.pt: cannot read: Input/output error; run again"):
+            run.load_state()
+    assert run.state_file.read_bytes() == before and run.load_state()["step"] == 2
+
+
 def test_two_damaged_checkpoints_are_an_error(tmp_path):
     args = Args(str(tmp_path / "a"))
     with trainer.Run(args.out, args) as run:
