@@ -155,6 +155,8 @@ def endpoint_sampler(endpoint, journal: Journal, temperature: float, max_new_tok
         ask = functools.partial(endpoint.complete, prompts, max_new_tokens, temperature)
         keys = [f"{seed}/{i}" for i in range(len(prompts))]
         found = journal.fill(keys, ask, Completion)
+        if endpoint.interrupted():
+            raise KeyboardInterrupt
         if missing := [c.error for key, c in zip(keys, found, strict=True) if key not in journal]:
             again = "--resume and a higher --max-cost" if any("--max-cost" in error for error in missing) else "--resume"
             raise cli.UserError(
@@ -278,7 +280,7 @@ def main(args: Args) -> dict:
             if stored is None:
                 journal.clear()
                 run.save_state(state)  # before the first reply: from here on it takes --resume, and the same flags
-            endpoint.spent = journal.cost
+            endpoint.spent, endpoint.interrupted = journal.cost, lambda: run.interrupted
             sample = endpoint_sampler(endpoint, journal, args.temperature, args.max_new_tokens)
 
         def make_state():

@@ -236,10 +236,14 @@ def label(args: Args, run, state: dict, journal: Journal, every: list, work: lis
         bar.update()
 
     done, missing, left_out = [], [], 0
+
+    def kept():
+        return {"candidates": state["candidates"], "judged": state["judged"]}
+
     for step, (pairs, faults) in enumerate(work):
         for n, judge in enumerate(every):
             calls = dict(call for pair in pairs for call in pair.calls(n))
-            judge.spent = spent
+            judge.spent, judge.interrupted = spent, lambda: run.interrupted
             ask = functools.partial(judge.ask, list(calls.values()))
             answers = journal.fill(list(calls), ask, Answer, judge.paid, on_answer)
             missing += [answer.error for key, answer in zip(calls, answers, strict=True) if key not in journal]
@@ -256,9 +260,10 @@ def label(args: Args, run, state: dict, journal: Journal, every: list, work: lis
             state["judged"] = step + 1
             speed = new / per_label / (time.monotonic() - started) if new else None  # of this process: it knows no other's time
             run.log(step, labels=len(done), left_out=left_out, flip_rate=flip_rate(done), labels_per_second=speed)
-        kept = {"candidates": state["candidates"], "judged": state["judged"]}
-        run.end_step(len(work) + state["judged"], lambda kept=kept: kept)
+        run.end_step(len(work) + state["judged"], kept)
     bar.close()
+    if run.interrupted:  # some of a chunk is missing, since nothing was sent after Ctrl-C
+        run.end_step(len(work) + state["judged"], kept)
     if any("--max-cost" in error for error in missing):
         raise cli.UserError(
             f"{args.out}: --max-cost {args.max_cost} is reached ({spent:.4f} spent, {len(done)} labels so far); "

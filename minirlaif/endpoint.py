@@ -99,6 +99,7 @@ class Endpoint:
         self.spent, self.answered, self.uncounted, self.lock = 0.0, False, False, threading.Lock()
         self.soft, self.vain = None if logprobs else False, 0  # vain: calls that were asked for a letter and gave none
         self.silent = 0  # calls without a reply since the last that had one
+        self.interrupted = lambda: False  # set by whoever takes Ctrl-C for a wish, and has nothing more sent
         self.adapted: frozenset[str] = frozenset()  # which of PICKY are sent the other way by now
 
     def ask(self, calls: list[Call], on_answer=None, given: dict[int, Answer] | None = None) -> list[Answer]:
@@ -154,6 +155,8 @@ class Endpoint:
 
     def _stopped(self) -> str | None:
         """Why nothing more is sent, if so."""
+        if self.interrupted():
+            return "stopped: interrupted"
         if self.silent >= PATIENCE * self.concurrency:
             return f"stopped: {self.silent} calls in a row got no reply"
         capped = self.max_cost is not None and self.spent >= self.max_cost

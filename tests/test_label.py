@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -397,6 +398,28 @@ def test_max_cost_stops_with_one_line_and_a_higher_one_goes_on(tmp_path):
         label.main(replace(args, resume=True, max_cost=5.0))
         assert len(server.requests) == 12
     assert (tmp_path / "run" / "preferences.jsonl").read_bytes() == (tmp_path / "whole" / "preferences.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_after_ctrl_c_nothing_more_is_sent_and_what_was_in_flight_is_kept(tmp_path, monkeypatch, n):
+    rows, fill = candidates(tmp_path / "c.jsonl", n=20), Journal.fill
+
+    def interrupting(self, keys, ask, kind, durable, on_answer):
+        def press(answer):
+            on_answer(answer)
+            if len(self.records) == 5:
+                signal.raise_signal(signal.SIGINT)
+
+        return fill(self, keys, ask, kind, durable, press)
+
+    with ChatServer() as server:
+        args = label_args(f"any@{server.url},concurrency={n}", tmp_path / "run", rows, batch_size=16)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Journal, "fill", interrupting)
+            label.main(args)
+        assert 5 <= len(server.requests) == len(rows_of(tmp_path / "run" / "journal.jsonl")) < 5 + n
+        label.main(replace(args, resume=True))
+        assert len(server.requests) == 40
 
 
 # k responses, ranks, several judges and principles, failures
