@@ -93,11 +93,10 @@ def combine(shown: Answer, swapped: Answer, average="probability", clamp: tuple[
 
 
 def label(judge, items: list[tuple[str, tuple[str, str], str]], average="probability", clamp=None) -> list[Label]:
-    """items: (prompt, (response 1, response 2), principle) -> one Label each; both orders of all of them in one ask."""
-    calls = [Call(prompt, (a, b), principle) for prompt, (a, b), principle in items]
-    answers = judge.ask(calls + [Call(c.prompt, c.responses[::-1], c.principle) for c in calls])
-    n = len(calls)
-    return [combine(answers[i], answers[n + i], average, clamp) for i in range(n)]
+    """items: (prompt, (response 1, response 2), principle) -> one Label each; all in one ask, in which the two orders of an item
+    are neighbours, so that a judge that stops leaves few of them half asked."""
+    answers = judge.ask([Call(prompt, shown, principle) for prompt, (a, b), principle in items for shown in ((a, b), (b, a))])
+    return [combine(first, swapped, average, clamp) for first, swapped in zip(answers[::2], answers[1::2], strict=True)]
 
 
 # ---- a local model --------------------------------------------------------------------------------------------------
