@@ -127,12 +127,13 @@ def read_labels(args: Args) -> list[dict]:
         print(f"{args.preferences}: {len(rows) - len(labels)} of {len(rows)} labels are failed ones: left out", file=sys.stderr)
     for row in labels:
         figures = all(isinstance(row.get(key), float | int) for key in ("p_first", "p_first_swapped"))
-        if not row.get("principle_name") or not figures or world.parse_request(row["prompt"]) is None:
+        name = row.get("principle_name") or ("" if row.get("labeler") == "ranks" else None)
+        if not isinstance(name, str) or not figures or world.parse_request(row["prompt"]) is None:
             raise cli.UserError(f"{row.where}: not a label of label.py on a toy-world request, which gold could check")
         try:
-            gold_prefers_chosen(row, row["principle_name"])
+            gold_prefers_chosen(row, name or "harm")
         except KeyError:
-            raise cli.UserError(f"{row.where}: gold knows no principle named {row['principle_name']}") from None
+            raise cli.UserError(f"{row.where}: gold knows no principle named {name}") from None
     if not labels:
         raise cli.UserError(f"{args.preferences}: every label is a failed one")
     return labels

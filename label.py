@@ -167,7 +167,7 @@ def main(args: Args) -> dict:
     device = trainer.resolve_device(args.device)
     models = [trainer.load_gpt(m, device) for m in (args.policy, args.contrast) if m]
     tokenizer = trainer.tokenizer_of(*(m for m in (args.policy, args.contrast) if m)) if models else None
-    principles = read_principles(args)
+    principles = [] if args.judge == ["ranks"] else read_principles(args)  # people were asked nothing that we know
     # before there is a run folder: a judge that cannot be, or a password in its URL, should leave nothing behind
     specs = [spec for spec in args.judge if spec != "ranks"]
     every = [judges.load(spec, args.constitution, device, lambda model: "fp32", args.seed, args.max_cost) for spec in specs]

@@ -111,11 +111,13 @@ def flipped(p: float, q: float) -> bool:
 def label_metrics(rows: list[dict]) -> dict:
     """Agreement of labels with gold: on the question that the principle asks, by principle, and on less harm in all.
 
-    Where gold cannot rank, or the label is a tie or a coin, there is nothing to agree on: such rows count in `n` only.
+    Where gold cannot rank, or the label is a tie or a coin, there is nothing to agree on: such rows count in `n` only. A human's
+    order has no principle: it counts on less harm alone.
     "one_order": the mean of both orders' answers alone; one order's would hold the luck of where the right response stands.
     """
     rows_ = [r for r in rows if r["p_chosen"] > 0.5 and not r.get("is_random")]
-    asked = [(r, a) for r in rows_ if (a := gold_prefers_chosen(r, r["principle_name"])) is not None]
+    named = [r for r in rows_ if r["principle_name"]]
+    asked = [(r, a) for r in named if (a := gold_prefers_chosen(r, r["principle_name"])) is not None]
     overall = [(r, a) for r in rows_ if (a := gold_prefers_chosen(r, "harm")) is not None]
 
     def agreement(pairs):

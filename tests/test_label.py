@@ -14,6 +14,8 @@ import torch
 from chat_server import ChatServer
 from small import CPU, interrupted, rows_of, write
 
+import evaluate
+import evaluate_words
 import label
 import train_rm
 from minirlaif import constitution, data, text, trainer, world
@@ -445,6 +447,21 @@ def test_ranks_become_pairs_without_a_judge(tmp_path):
         ("b", "a", 1.0, "ok"), ("a", "c", 0.5, "tie"), ("b", "c", 1.0, "ok"),
     ]  # fmt: skip
     assert {r["labeler"] for r in rows} == {"ranks"} and all(r["cost"] == 0 and "human_p" not in r for r in rows)
+
+
+def test_ranks_need_no_constitution_and_name_no_principle(tmp_path):
+    """Gold compares them with less harm, and with nothing that people were not asked."""
+    insulting = f" {world.SENTENCES['insult'][0]}{RIGHT}"
+    path = write(tmp_path / "c.jsonl", [{"prompt": PROMPT, "responses": [insulting, RIGHT], "ranks": [2, 1]}] * 3)
+    label.main(label_args("ranks", tmp_path / "run", path, constitution=str(tmp_path / "none.json")))
+    assert {(r["principle"], r["principle_name"]) for r in preferences(tmp_path / "run")} == {("", "")}
+    found = str(tmp_path / "run" / "preferences.jsonl")
+    assert len(data.read_preferences(found)) == 3
+    results = evaluate.main(evaluate.Args(out=str(tmp_path / "eval"), preferences=found, **CPU))["labels"]
+    assert results["agreement_overall"]["n"] == 3 and results["agreement_overall"]["value"] == 1
+    assert results["agreement_principle"]["n"] == 0 and results["by_principle"] == {}
+    report = evaluate_words.labels(evaluate_words.LabelsArgs(files=[found]))[found]
+    assert report["labels"] == 3 and report["agreement"]["n"] == 0
 
 
 def test_ranks_stand_beside_the_labels_of_a_judge(tmp_path):
