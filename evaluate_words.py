@@ -10,6 +10,8 @@ minirlaif/judges.py. Every judge is asked in both orders; what it could not answ
 """
 
 import json
+import math
+import os
 from collections import Counter
 from dataclasses import dataclass
 from itertools import combinations
@@ -30,7 +32,7 @@ class HHHArgs:
     principle: str | None = cli.arg(None, "what the judge is asked; default: what each row of the file asks")
     constitution: str = cli.arg("harmless", "constitution whose preamble for judges is used (see minirlaif/judges.py)")
     limit: int | None = cli.arg(None, "use the first so many rows")
-    max_cost: float | None = cli.arg(None, "stop asking an endpoint when it has cost this much, in the unit of its price=")
+    max_cost: float | None = cli.arg(None, "most that an endpoint may cost, by its price=; no journal is kept: a new run pays again")
     on_bad_row: str = cli.arg("error", "a row that cannot be used: stop, or skip and count it", choices=["error", "skip"])
     out: str | None = cli.arg(None, "JSON file for the figures")
     device: str = cli.arg("auto", "auto takes cuda, mps or cpu, the first that is there", choices=["auto", "cpu", "cuda", "mps"])
@@ -56,7 +58,7 @@ class WinrateArgs:
     principle: str = cli.arg(help="what the judge is asked: a name in --constitution (its first wording), or a text")
     constitution: str = cli.arg("toy", "a bundled constitution by name, or a file")
     limit: int | None = cli.arg(None, "compare on the first so many samples of each policy")
-    max_cost: float | None = cli.arg(None, "stop asking an endpoint when it has cost this much, in the unit of its price=")
+    max_cost: float | None = cli.arg(None, "most that an endpoint may cost, by its price=; no journal is kept: a new run pays again")
     out: str | None = cli.arg(None, "JSON file for the figures")
     device: str = cli.arg("auto", "auto takes cuda, mps or cpu, the first that is there", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = cli.arg("auto", "bf16 is autocast over fp32 weights; auto measures", choices=["auto", "fp32", "bf16"])
@@ -69,6 +71,14 @@ def load_judge(args):
         return trainer.resolve_dtype(args.dtype, device, model)
 
     return judges.load(args.judge, args.constitution, device, dtype_of, max_cost=args.max_cost)
+
+
+def check_files(args):
+    """UserError where a file that is to be written cannot be: before a judge is asked and paid, not after."""
+    for flag in ("out", "plot"):
+        path = getattr(args, flag, None)
+        if path is not None and (Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK)):
+            raise cli.UserError(f"--{flag} {path}: must name a file, in a folder that is there and can be written")
 
 
 def write_json(path: str | None, results: dict):
@@ -128,12 +138,15 @@ def read_hhh(path: str, on_bad_row: str = "error") -> list[dict]:
 
 def hhh(args: HHHArgs) -> dict:
     cli.require_positive(args, "limit", "max_cost")
+    check_files(args)
     rows = read_hhh(args.data, args.on_bad_row)[: args.limit]
     judge = load_judge(args)
     items = [(r["prompt"], tuple(r["responses"]), args.principle or r["principle"]) for r in rows]
     results = comparison.hhh_report(rows, labelers.label(judge, items))
     groups = {"all rows": results["all"], "judged": results["judged"], **results["by_category"]}
     columns = ["accuracy", "one order", "better first", "better second", "flip_rate", "always A", "longer"]
+    if not results["judged"]["accuracy"]["n"]:
+        raise cli.UserError(f"{args.data}: the judge answered nothing ({listed(results['left_out'])})")
     print(markdown([[args.data, *columns], *([name, *(cell(g.get(c)) for c in columns)] for name, g in groups.items())]))
     print(f"left out: {listed(results['left_out'])}; {results['prompt_tokens']} + {results['completion_tokens']} tokens,"
           f" cost {results['cost']:.4f}")  # fmt: skip
@@ -153,6 +166,15 @@ def read_labels(path: str, on_bad_row: str) -> list[dict]:
             p = row.get(key)
             if p is not None and not (type(p) in (int, float) and low <= p <= 1):
                 raise data.BadRow(f"'{key}' should be null or in [{low}, 1]", f", not {p!r}")
+        for key in ("cost", "prompt_tokens", "completion_tokens"):
+            if not (row.get(key) is None or type(row[key]) in (int, float) and 0 <= row[key] < math.inf):
+                raise data.BadRow(f"'{key}' should be null or 0 or more", f", not {row[key]!r}")
+        for key in ("principle_name", "error", "kind"):
+            if not isinstance(row.get(key) or "", str):
+                raise data.BadRow(f"'{key}' should be null or a string", f", not {row[key]!r}")
+        ranks = row.get("ranks") or []
+        if not (isinstance(ranks, list) and all(type(x) in (int, float) and math.isfinite(x) for x in ranks)):
+            raise data.BadRow("'ranks' should be null or a list of finite numbers", f", not {ranks!r}")
         each = row.get("each") or []  # what several judges said
         pairs = each if isinstance(each, list) and all(isinstance(x, list) and len(x) == 2 for x in each) else [[None]]
         if not all(type(p) in (int, float) and 0 <= p <= 1 for x in pairs for p in x):
@@ -163,10 +185,11 @@ def read_labels(path: str, on_bad_row: str) -> list[dict]:
 
 
 def labels_per_second(path: str) -> float | None:
-    """What label.py logged last, if the file is still in its run folder."""
-    log = Path(path).parent / "metrics.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []
-    return json.loads(lines[-1]).get("labels_per_second") if lines else None
+    """What label.py logged last, if the file is still in its run folder, and what lies beside it is a log of label.py."""
+    try:
+        return float(json.loads((Path(path).parent / "metrics.jsonl").read_bytes().splitlines()[-1])["labels_per_second"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def number(x, digits: int) -> str:
@@ -204,6 +227,7 @@ def label_lines(r: dict) -> dict:
 
 
 def labels(args: LabelsArgs) -> dict:
+    check_files(args)
     reports = {path: comparison.label_report(read_labels(path, args.on_bad_row)) for path in args.files}
     for path, report in reports.items():
         report["labels_per_second"] = labels_per_second(path)
@@ -254,10 +278,12 @@ def read_samples(name: str, path: str, limit: int | None) -> dict:
         row["response"] = row.get("response", row.get("completion"))
         if not isinstance(row["response"], str):
             raise data.BadRow("no 'response' and no 'completion' that is a string")
+        if not isinstance(row.get("policy", name), str):
+            raise data.BadRow("'policy' should be a string", f", not {row['policy']!r}")
         row.setdefault("stopped", True)
         return row
 
-    rows = data.read_jsonl(path, {"prompt": str}, check=check)
+    rows = data.read_jsonl(path, {"prompt": str}, None, check)
     policies = dict.fromkeys(r["policy"] for r in rows if "policy" in r)
     rows = [r for r in rows if r.get("policy", name) == name][:limit]
     if not rows:
@@ -287,6 +313,7 @@ def judged_outcomes(judge, principle: str, pairs: list[tuple[dict, dict]], blank
 
 def winrate(args: WinrateArgs) -> dict:
     cli.require_positive(args, "limit", "max_cost")
+    check_files(args)
     if bad := [s for s in args.samples if "=" not in s]:
         raise cli.UserError(f"--samples {bad[0]}: write it as NAME=FILE")
     files = dict(s.split("=", 1) for s in args.samples)
@@ -349,7 +376,7 @@ class TokensArgs:
 def tokens(args: TokensArgs) -> list[str]:
     tables = []
     for path in args.file:
-        rows = data.read_jsonl(path, rollouts.KEYS, check=rollouts.check)
+        rows = data.read_jsonl(path, rollouts.KEYS, None, rollouts.check)
         if args.row is not None and args.row not in (known := [row["row"] for row in rows]):
             raise cli.UserError(f"{path}: no row {args.row}, but {', '.join(map(str, known))}")
         tables += [rollouts.table(row) for row in rows if args.row in (None, row["row"])]

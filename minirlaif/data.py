@@ -41,14 +41,16 @@ class BadRow(Exception):
 
 
 def convert(rows, function, on_bad_row="error"):
-    """[function(row) for row in rows]; a BadRow stops everything as a UserError, or is skipped and counted."""
+    """[function(row) for row in rows]; a BadRow stops everything as a UserError, or is skipped and counted. on_bad_row=None: it
+    stops, and the script has no such flag to speak of."""
     kept, skipped = [], Counter()
     for row in rows:
         try:
             kept.append(function(row))
         except BadRow as e:
             if on_bad_row != "skip":
-                raise UserError(f"{row.where}: {e} (--on-bad-row skip leaves such rows out)") from None
+                hint = " (--on-bad-row skip leaves such rows out)" if on_bad_row else ""
+                raise UserError(f"{row.where}: {e}{hint}") from None
             skipped[e.reason] += 1
     path = rows[0].where.rpartition(":")[0] if rows else "no file"
     if skipped:

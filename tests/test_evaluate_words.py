@@ -91,7 +91,7 @@ def test_hhh_asks_both_orders_and_counts_what_is_left_out(tmp_path, judged_by, c
     path = write(tmp_path / "x.jsonl", rows)
     judge = judged_by(lambda a, b: None if "fails" in a + b else longer(a, b))
     results = hhh(HHHArgs(data=path, judge="x", out=str(tmp_path / "out.json")))
-    assert [c.responses for c in judge.calls[:4]] == [c.responses[::-1] for c in judge.calls[4:]]
+    assert [c.responses for c in judge.calls[::2]] == [c.responses[::-1] for c in judge.calls[1::2]]  # neighbours
     assert {c.principle for c in judge.calls} == {ASKED}
     assert results["judged"]["accuracy"]["value"] == pytest.approx(0.5) and results["judged"]["accuracy"]["n"] == 3  # + - tie
     assert results["all"]["longer"]["value"] == 2 / 4 and results["all"]["always A"]["value"] == 2 / 4
@@ -214,7 +214,7 @@ def test_samples_are_paired_by_prompt_and_turn(tmp_path, judged_by):
     judge = judged_by(lambda a, b: None if "1" in a and "b" in a.lower() else 0.7)
     files = [f"one={write(tmp_path / '1.jsonl', one)}", f"two={write(tmp_path / '2.jsonl', two)}"]
     results = winrate(WinrateArgs(samples=files, judge="x", principle="harm"))
-    assert {c.responses for c in judge.calls[:3]} == {(" a1", " A1"), (" b1", " B1"), (" a2", " A2")}
+    assert {c.responses for c in judge.calls[::2]} == {(" a1", " A1"), (" b1", " B1"), (" a2", " A2")}
     assert {c.prompt for c in judge.calls} == {"P", "Q"}
     found = results["pairs"]["one against two"]
     assert found["n"] == 2 and found["left_out"] == {"N tokens too many": 1}
@@ -259,6 +259,13 @@ def test_a_word_picks_its_own_flags(tmp_path, capsys):
             cli.run(evaluate.main, evaluate.Args, [word, "--help"], words=evaluate_words.WORDS)
         said = " ".join(capsys.readouterr().out.split())
         assert Args.__doc__.split(":")[0] in said and f" {word} " in said
+        assert ("no journal is kept" in said) == (word in ("hhh", "winrate"))
+
+
+ODD = [
+    dict(ranks=3), dict(ranks=["a", "b"]), dict(cost="x"), dict(prompt_tokens="5"), dict(principle_name=3),
+    dict(principle_name=["harm"]), dict(error=3),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("argv, part", [
@@ -268,6 +275,18 @@ def test_a_word_picks_its_own_flags(tmp_path, capsys):
     (["labels", "BAD"], "bad.jsonl:1: 'p_first' should be null or in [0, 1], not 'x'"),
     (["labels", "PAIR"], "pair.jsonl:1: 'each' should hold pairs of numbers in [0, 1]"),
     (["labels", "MANY"], "many.jsonl:1: 'each' should hold pairs of numbers in [0, 1]"),
+    (["labels", "ODD0"], "odd0.jsonl:1: 'ranks' should be null or a list of finite numbers, not 3"),
+    (["labels", "ODD1"], "odd1.jsonl:1: 'ranks' should be null or a list of finite numbers, not ['a', 'b']"),
+    (["labels", "ODD2"], "odd2.jsonl:1: 'cost' should be null or 0 or more, not 'x'"),
+    (["labels", "ODD3"], "odd3.jsonl:1: 'prompt_tokens' should be null or 0 or more, not '5'"),
+    (["labels", "ODD4"], "odd4.jsonl:1: 'principle_name' should be null or a string, not 3"),
+    (["labels", "ODD5"], "odd5.jsonl:1: 'principle_name' should be null or a string, not ['harm']"),
+    (["labels", "ODD6"], "odd6.jsonl:1: 'error' should be null or a string, not 3"),
+    (["labels", "GOLD", "--out", "FOLDER"], "/folder: must name a file, in a folder that is there"),
+    (["labels", "GOLD", "--plot", "FOLDER/no/c.png"], "/c.png: must name a file, in a folder that is there"),
+    (["hhh", "--data", "BAD", "--judge", "x", "--out", "FOLDER"], "--out "),
+    (["winrate", "--samples", "a=GOOD", "b=GOOD", "--judge", "gold", "--principle", "harm", "--out", "no/x"], "--out no/x: must"),
+    (["winrate", "--samples", "a=NAME", "b=GOOD", "--judge", "gold", "--principle", "harm"], "name.jsonl:1: 'policy' should"),
     (["hhh", "--judge", "x"], "--data"),
     (["hhh", "--data", "BAD", "--judge", "x"], "bad.jsonl:1: no key 'corrects'"),
     (["winrate", "--samples", "a", "--judge", "gold", "--principle", "harm"], "--samples a: write it as NAME=FILE"),
@@ -283,15 +302,37 @@ def test_a_mistake_is_one_line(tmp_path, capsys, argv, part):
         "BAD": write(tmp_path / "bad.jsonl", [label_row(0.9, p_first="x")]),
         "PAIR": write(tmp_path / "pair.jsonl", [label_row(0.9, each=[0.9])]),
         "MANY": write(tmp_path / "many.jsonl", [label_row(0.9, each=[[0.9, 2]])]),
+        **{f"ODD{k}": write(tmp_path / f"odd{k}.jsonl", [label_row(0.9, **odd)]) for k, odd in enumerate(ODD)},
+        "GOLD": write(tmp_path / "gold.jsonl", [label_row(0.9)]),
+        "FOLDER": str(tmp_path / "folder"),
+        "NAME": write(tmp_path / "name.jsonl", [dict(prompt="P", response=" no.", policy=3)]),
         "GOOD": samples(tmp_path / "good.jsonl", a=" yes.", b=" no."),
         "OTHER": write(tmp_path / "other.jsonl", [dict(prompt="P", response=" no.")]),
     }
     for name, path in files.items():
         argv = [a.replace(name, path) for a in argv]
+    (tmp_path / "folder").mkdir()
     with pytest.raises(SystemExit) as exit:
         cli.run(evaluate.main, evaluate.Args, argv, words=evaluate_words.WORDS)
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert exit.value.code == 2 and len(lines) == 1 and part in lines[0]
+    said = capsys.readouterr()
+    lines = said.err.strip().splitlines()
+    assert exit.value.code == 2 and len(lines) == 1 and part in lines[0] and not said.out
+    assert "--on-bad-row" not in lines[0] or argv[0] in ("hhh", "labels")  # the others have no such flag
+
+
+@pytest.mark.parametrize("log", ['{"step": 0, "labels_per', "[3]", '{"loss": 3}', '{"labels_per_second": "many"}', "\n", "\xff"])
+def test_a_log_that_is_not_of_label_py_is_passed_over(tmp_path, log):
+    path = write(tmp_path / "p.jsonl", [label_row(0.9)])
+    (tmp_path / "metrics.jsonl").write_bytes(log.encode("latin-1"))
+    assert labels(LabelsArgs(files=[path]))[path]["labels_per_second"] is None
+
+
+def test_hhh_without_any_answer_is_one_line(tmp_path, judged_by, capsys):
+    path = write(tmp_path / "x.jsonl", HHH[:2])
+    judged_by(lambda a, b: None)
+    with pytest.raises(UserError, match="x.jsonl: the judge answered nothing .2 x N tokens too many"):
+        hhh(HHHArgs(data=path, judge="x"))
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change, part", [
