@@ -45,7 +45,7 @@ class Journal:
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 row = json.loads(line)
-                self.records.setdefault(row["key"], row["record"])
+                self.records.setdefault(row["key"], {**row["record"]})
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{self.path}:{number}: not a line of a journal; give another --out to start again") from None
         self.file.truncate(len(whole))
@@ -78,7 +78,10 @@ class Journal:
             if on_answer:
                 on_answer(answer)
 
-        given = {i: kind(**self.records[key]) for i, key in enumerate(keys) if key in self.records}
+        try:
+            given = {i: kind(**self.records[key]) for i, key in enumerate(keys) if key in self.records}
+        except TypeError:
+            raise UserError(f"{self.path}: a record is no {kind.__name__}; give another --out to start again") from None
         answers = ask(on_answer=write, given=given)
         for key, answer in zip(keys, answers, strict=True):
             if answer.cost and key not in self.records:
@@ -92,7 +95,7 @@ class Journal:
 
     @property
     def cost(self) -> float:
-        return sum(record["cost"] for record in self.records.values())
+        return sum(record.get("cost", 0) for record in self.records.values())
 
     def __contains__(self, key) -> bool:
         return key in self.records

@@ -108,11 +108,19 @@ def test_what_need_not_be_durable_is_written_at_once_all_the_same(tmp_path, monk
         assert lines(tmp_path / "j") == [] and "a" not in j
 
 
-@pytest.mark.parametrize("bad", [b"nonsense", b"[1]", b'{"key": "a"}', b"3", b"\xff"])
+@pytest.mark.parametrize("bad", [b"nonsense", b"[1]", b'{"key": "a"}', b"3", b"\xff", b'{"key": "b", "record": 3}'])
 def test_a_line_that_is_none_is_named(tmp_path, bad):
     (tmp_path / "j").write_bytes(b'{"key": "a", "record": {}}\n' + bad + b"\n")
     with pytest.raises(UserError, match=r"j:2: not a line of a journal; give another --out"):
         Journal(tmp_path / "j")
+
+
+def test_a_record_of_something_else_is_one_line(tmp_path):
+    with Journal(tmp_path / "j") as j:
+        j.add({"a": {"p": 0.1}})
+        assert j.cost == 0
+        with pytest.raises(UserError, match="j: a record is no Reply; give another --out"):
+            j.fill(["a"], lambda on_answer, given: [], Reply)
 
 
 def test_a_full_disk_is_one_line_that_says_what_is_safe(tmp_path, monkeypatch):
