@@ -245,7 +245,8 @@ class Endpoint:
                     self.adapted, delay = self.adapted | refused, 0.0
                     continue
                 if status in HOPELESS:
-                    raise UserError(f"{self.name} at {self.base_url}: {HOPELESS[status]} (HTTP {status})") from None
+                    why = "it wants a key, and OPENAI_API_KEY is not set" if status == 401 and not self.key else HOPELESS[status]
+                    raise UserError(f"{self.name} at {self.base_url}: {why} (HTTP {status})") from None
                 delay = max(delay, retry_after(e.response.headers.get("retry-after")))
                 if status not in (408, 429) and status < 500:
                     raise Failed(fault) from None

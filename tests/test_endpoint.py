@@ -432,6 +432,13 @@ def test_a_refused_key_or_an_unknown_model_stops_the_run(status, part):
 
 
 @needs_openai
+def test_a_key_that_is_not_there_is_not_called_refused(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with serve("401") as server, pytest.raises(cli.UserError, match="it wants a key, and OPENAI_API_KEY is not set .HTTP 401"):
+        judge_of(server).ask([CALL])
+
+
+@needs_openai
 @pytest.mark.parametrize("trouble", ["close", "html"])
 def test_an_address_where_no_chat_server_ever_answers_stops_the_run(trouble):
     with serve(trouble) as server:
