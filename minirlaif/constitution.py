@@ -111,7 +111,7 @@ def load_exemplars(name: str) -> list[Exemplar]:
 
 def _read(name: str, path: Path, parse):
     try:
-        return parse(json.loads(path.read_text(encoding="utf-8")))
+        return parse(json.loads(path.read_text(encoding="utf-8-sig")))
     except (OSError, ValueError, RecursionError) as e:  # bad UTF-8 and bad JSON are ValueErrors
         raise UserError(f"{name}: cannot be read as JSON: {e}") from None
     except _Broken as e:
@@ -125,7 +125,7 @@ def _parse(raw) -> Constitution:
         found = Constitution(preferences=[Preference(_entry(i, text, r"\s*Options:\s*$")) for i, text in _numbered(raw)])
     elif not isinstance(raw, dict):
         raise _Broken("not a constitution: should be an object with preferences and critique_revision, or the paper's lists")
-    elif raw and all(isinstance(v, dict) for v in raw.values()):  # the paper's critique-revision file
+    elif raw and "preferences" not in raw and all(isinstance(v, dict) for v in raw.values()):  # the paper's first file
         found = Constitution(critique_revision=[_papers_pair(name, v) for name, v in raw.items()])
     else:
         _only(raw, "", "name", "preamble", "critique_revision", "preferences", "judge_preamble")

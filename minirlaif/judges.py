@@ -15,6 +15,7 @@
         noise=0.1                         share of verdicts that are turned round
         slot_bias=1                       nats that the response shown first gains
         call_noise=1 sharpness=4          standard deviation of each call's logit, and the logit of a decided verdict
+    ranks                             no judge: the order of --candidates that people gave; for label.py, alone, without options
 """
 
 import re
@@ -47,11 +48,18 @@ def parse(spec: str, flag="--judge") -> tuple[str, str, dict]:
     if not who.strip():
         raise UserError(f"{flag} '{spec}': names no judge")
     kind = "gold" if who == "gold" else "endpoint" if url else "local"
+    if kind == "local" and not Path(who).exists():
+        if "@" in who:
+            raise UserError(f"{flag} {spec}: an endpoint is written NAME@http://127.0.0.1:8000/v1: this has no http://")
+        if who.lower() in ("gold", "ranks"):
+            raise UserError(f"{flag} {spec}: gold and ranks are written so; ranks is for label.py --candidates, alone")
     options = {}
     for item in given:
         name, _, value = item.partition("=")
         if name not in OPTIONS[kind]:
             raise UserError(f"{flag} {spec}: {kind} judges have no option '{name}', but {', '.join(OPTIONS[kind])}")
+        if name in options:
+            raise UserError(f"{flag} {spec}: {name} is given twice")
         number, *bounds = OPTIONS[kind][name]
         try:
             options[name] = number(value)
@@ -62,11 +70,15 @@ def parse(spec: str, flag="--judge") -> tuple[str, str, dict]:
     return kind, who, options
 
 
-def _read(path: str) -> str:
+def _read(option: str, path: str) -> str:
+    known = f"; or give one of: {', '.join(text.PREAMBLES)}" if option == "preamble" else ""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        found = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: cannot be read as text ({e})") from None
+        raise UserError(f"{option}={path}: cannot be read as text ({e}){known}") from None
+    if not found.strip():
+        raise UserError(f"{option}={path}: the file is empty")
+    return found
 
 
 def load_endpoint(spec: str, max_cost: float | None = None, system="", flag="--judge") -> Endpoint:
@@ -87,7 +99,7 @@ def load_endpoint(spec: str, max_cost: float | None = None, system="", flag="--j
 def load_exemplars(path: str, principles: constitution.Constitution, cot: bool) -> list[str]:
     """Worked judgements from a text file, or from a list of the paper's: with their reasoning for a judge that reasons."""
     if not path.endswith(".json"):
-        return [e.strip("\n") for e in _read(path).split("\n---\n")]
+        return [e.strip("\n") for e in _read("exemplars", path).split("\n---\n")]
     shots = constitution.load_exemplars(path)
     if not principles.preferences:
         raise UserError(f"exemplars={path}: needs a constitution with preferences, under the first of which they are asked")
@@ -106,14 +118,14 @@ def load(spec: str, constitution_name: str, device, dtype_of, seed: int = 0, max
         return load_endpoint(spec, max_cost, principles.judge_preamble or principles.preamble)
     model, tokenizer = trainer.load_gpt(who, device), trainer.tokenizer_of(who)
     samples, given = options.get("cot", 0), options.get("preamble")
-    preamble = text.PREAMBLES[given] if given in text.PREAMBLES else _read(given).strip("\n") if given else ""
+    preamble = given if given is None else text.PREAMBLES[given] if given in text.PREAMBLES else _read("preamble", given)
     return LocalJudge(
         model,
         tokenizer,
         device,
         dtype_of(model),
         exemplars=load_exemplars(options["exemplars"], principles, samples > 0) if "exemplars" in options else [],
-        preamble=principles.judge_preamble if given is None else preamble,
+        preamble=principles.judge_preamble if given is None else preamble.strip("\n"),
         cot=samples > 0,
         samples=max(1, samples),
         seed=seed,

@@ -248,6 +248,7 @@ PAIR = {"critique": "c", "revision": "r"}
     ([SHOT], "holds examples (few-shot), not principles"),
     (3, "not a constitution"),
     ({}, "holds no critique_revision pair and no preference"),
+    ({"preferences": {}}, "key 'preferences' should hold a list"),
     ([], "holds no critique_revision pair and no preference"),
     ({"preamble": "be good."}, "holds no critique_revision pair and no preference"),
     ("{", "cannot be read as JSON"),
@@ -259,6 +260,11 @@ def test_a_broken_file_is_one_line_with_its_name_and_what_is_wrong(tmp_path, con
         load(path)
     message = str(error.value)
     assert message.startswith(f"{path}: ") and part in message and "\n" not in message
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+    (tmp_path / "bom.json").write_bytes(b"\xef\xbb\xbf" + json.dumps({"preferences": [{"text": "t"}]}).encode())
+    assert [p.text for p in load(str(tmp_path / "bom.json")).preferences] == ["t"]
 
 
 def test_files_that_are_not_there_or_no_text(tmp_path):

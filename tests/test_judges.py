@@ -63,6 +63,11 @@ def test_a_local_model_with_its_options(model, tmp_path):
     ("gold,noise=2", "noise must be in 0-1"),
     ("gold,sharpness=nan", "sharpness must be in 0-100"),
     ("gold,noise", "'' is no value for noise"),
+    ("gold,noise=0.1,noise=0.2", "gold,noise=0.1,noise=0.2: noise is given twice"),
+    ("Gold", "--judge Gold: gold and ranks are written so"),
+    ("Ranks", "gold and ranks are written so; ranks is for label.py --candidates, alone"),
+    ("ranks", "ranks is for label.py --candidates, alone"),
+    ("m@127.0.0.1:8000/v1", "an endpoint is written NAME@http://127.0.0.1:8000/v1: this has no http://"),
     ("no/model", "no/model: no such model file"),
     ("no/model,cot=-1", "cot must be in 0-64"),
     ("no/model,price=1/2", "local judges have no option 'price'"),
@@ -80,6 +85,20 @@ def test_a_mistake_is_one_line(spec, part):
     with pytest.raises(UserError) as error:
         load(spec)
     assert part in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("option, part", [
+    ("preamble=plan", "preamble=plan: cannot be read as text ([Errno 2] No such file or directory: 'plan'); or give one"),
+    ("preamble=", "preamble=: cannot be read"),
+    ("exemplars=", "exemplars=: cannot be read"),
+    ("preamble=EMPTY", "empty.txt: the file is empty"),
+    ("exemplars=EMPTY", "empty.txt: the file is empty"),
+])  # fmt: skip
+def test_a_file_that_says_nothing_is_named_with_its_option(model, tmp_path, option, part):
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(UserError) as error:
+        load(f"{model},{option.replace('EMPTY', str(tmp_path / 'empty.txt'))}")
+    assert part in str(error.value) and option.partition("=")[0] in str(error.value)
 
 
 def test_a_critic_is_written_as_a_judge_is():
