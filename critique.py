@@ -231,6 +231,8 @@ def table(rows: list[dict], unit: str) -> str:
 def main(args: Args) -> dict:
     cli.require_positive(args, "batch_size", "max_new_tokens", "limit", "sample_prompts", "max_cost")
     cli.require_not_negative(args, "rounds", "temperature")
+    if args.rounds > 4:
+        raise cli.UserError(f"--rounds {args.rounds}: must be at most 4")
     if args.rounds == 0 and (args.direct_revision or args.few_shot):
         raise cli.UserError("--rounds 0 revises nothing: --direct-revision and --few-shot have nothing to do")
     pairs = constitution.load(args.constitution).critique_revision

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from minirlaif import cli, constitution, data, judges, trainer
+from minirlaif import cli, comparison, constitution, data, judges, trainer
 from minirlaif.journal import Journal
 from minirlaif.labelers import Answer, Label, LocalJudge, combine
 from minirlaif.pairs import Pair, flip_rate, labels_by_rank, pairs_of, record
@@ -114,6 +114,9 @@ def candidates_of(prompts, responses, sources) -> list[dict]:
 
 
 def check(args: Args):
+    for name in ("data", "candidates"):
+        if getattr(args, name) == "":
+            raise cli.UserError(f"--{name}: names no file")
     if (args.candidates is None) == (args.data is None):
         raise cli.UserError("give either --data (with --policy) or --candidates")
     if args.data and not args.policy:
@@ -126,6 +129,9 @@ def check(args: Args):
         raise cli.UserError("--judge ranks takes the ranks in --candidates as they are: give no other judge, and no --data")
     if args.responses < 2:
         raise cli.UserError(f"--responses {args.responses}: it takes two to compare")
+    for name, most in (("responses", 8), ("per_pair", 16)):
+        if getattr(args, name) > most:
+            raise cli.UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at most {most}")
     if not 0 <= args.contrast_share <= 1:
         raise cli.UserError(f"--contrast-share {args.contrast_share}: must be in 0-1")
     cli.require_positive(args, "batch_size", "max_new_tokens", "temperature", "limit", "per_pair", "max_cost")
@@ -194,15 +200,27 @@ def main(args: Args) -> dict:
             for step, chunk in enumerate(chunks):
                 rng = random.Random(f"{args.seed} principles {step}")
                 work.append(pairs_of([found[i] for i in chunk], chunk.start, principles, args.per_pair, rng))
-            done, spent = label(args, run, state, journal, every, work), journal.cost
-        left_out = sum((faults for _, faults in work), Counter())
-        if not any(row["p_chosen"] is not None for row in done):
-            errors = Counter(row["error"] for row in done)
-            what = f"no pair could be labelled ({dict(left_out + errors)})"
-            raise cli.UserError(f"{args.out}: {what}; its journal keeps failures too, so give another --out to ask again")
+            left_out = sum((faults for _, faults in work), Counter())
+            try:
+                done, spent = label(args, run, state, journal, every, work), journal.cost
+                if not any(row["p_chosen"] is not None for row in done):
+                    why = [f"left out: {dict(left_out)}"] * bool(left_out) + [why_failed(done)] * bool(done)
+                    what = f"{args.out}: no pair could be labelled ({'; '.join(why)})"
+                    again = "; its journal keeps failures too, so give another --out to ask again"
+                    raise cli.UserError(what + again * bool(done and kept(args, journal)))
+            except cli.UserError:
+                if not kept(args, journal):  # a wrong URL, say: the run may begin anew, with other flags
+                    run.forget("journal.jsonl")
+                raise
         data.write_jsonl(run.folder / "preferences.jsonl", done)
         run.finish()
     return summary(args, done, left_out, spent)
+
+
+def kept(args: Args, journal: Journal) -> bool:
+    """Whether the run holds something that is not to be had for nothing: responses, answers, or failures that were paid for."""
+    paid = any(record.get("p") is not None or record.get("prompt_tokens") for record in journal.records.values())
+    return paid or args.data is not None
 
 
 def sample_all(args: Args, run, state: dict, chunks, prompts: list[str], others: list[str], models, tokenizer, device):
@@ -237,7 +255,7 @@ def label(args: Args, run, state: dict, journal: Journal, every: list, work: lis
 
     done, missing, left_out = [], [], 0
 
-    def kept():
+    def make_state():
         return {"candidates": state["candidates"], "judged": state["judged"]}
 
     for step, (pairs, faults) in enumerate(work):
@@ -260,10 +278,10 @@ def label(args: Args, run, state: dict, journal: Journal, every: list, work: lis
             state["judged"] = step + 1
             speed = new / per_label / (time.monotonic() - started) if new else None  # of this process: it knows no other's time
             run.log(step, labels=len(done), left_out=left_out, flip_rate=flip_rate(done), labels_per_second=speed)
-        run.end_step(len(work) + state["judged"], kept)
+        run.end_step(len(work) + state["judged"], make_state)
     bar.close()
     if run.interrupted:  # some of a chunk is missing, since nothing was sent after Ctrl-C
-        run.end_step(len(work) + state["judged"], kept)
+        run.end_step(len(work) + state["judged"], make_state)
     if any("--max-cost" in error for error in missing):
         raise cli.UserError(
             f"{args.out}: --max-cost {args.max_cost} is reached ({spent:.4f} spent, {len(done)} labels so far); "
@@ -284,6 +302,12 @@ def labels_of(pair: Pair, judge: int, journal: Journal, args: Args) -> list[Labe
     return [combine(a, b, args.average, CLAMPS[args.clamp]) for a, b in zip(answers[:half], answers[half:], strict=True)]
 
 
+def why_failed(done: list[dict]) -> str:
+    """The commonest reasons why rows have no label of a judge."""
+    errors = Counter(comparison.fault(row["error"]) for row in done if row["status"] == "failed" and row["error"])
+    return "; ".join(f"{n} x {error}" for error, n in errors.most_common(3))
+
+
 def summary(args: Args, done: list[dict], left_out: Counter, spent: float) -> dict:
     """Say what came out; what failed is never hidden."""
     sure = [row["p_chosen"] for row in done if row["p_chosen"] is not None]
@@ -293,6 +317,8 @@ def summary(args: Args, done: list[dict], left_out: Counter, spent: float) -> di
         f"{status['tie']} ties, {status['failed']} failed ({sum(row['is_random'] for row in done)} of them random), "
         f"{hard} from hard verdicts, cost {spent:.4f}; left out: {dict(left_out) or 'none'}"
     )
+    if errors := why_failed(done):
+        print(f"failed: {errors}")
     left_out = dict(left_out)
     return {"n": len(sure), "flip_rate": flip_rate(done), "failed": status["failed"], "hard": hard, "left_out": left_out}
 

@@ -270,6 +270,13 @@ class Run:
         self._stop_if_interrupted()
         self.close()
 
+    def forget(self, *names):
+        """Undo what began: remove the run's own files, those of these names and, if it is then empty, the folder."""
+        for name in ("args.json", "metrics.jsonl", "state.pt", "state.prev.pt", *names):
+            (self.folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
     def close(self):
         """Give Ctrl-C back to whoever had it. Called by finish, and by leaving a `with` block."""
         if self.old_handler is not None:
@@ -316,10 +323,20 @@ def _read_json(path):
     return content
 
 
+def _reached(value):
+    """The value of a flag; of an endpoint NAME@URL,option=value,... without what decides how it is reached and paid, not what it
+    answers: a run that met the wrong port, or prices, can go on with the right ones."""
+    if isinstance(value, list):
+        return [_reached(v) for v in value]
+    if not isinstance(value, str) or not re.match(r"[^,]*@https?://", value):
+        return value
+    return re.sub(r"(?<=@)https?://[^,]*|,(concurrency|retries|timeout|price)=[^,]*", "", value)
+
+
 def _check_same_flags(out, stored, asked):
     for name, value in asked.items():
         # max_cost too decides only how far a run gets, not what comes out
-        if name not in ("out", "resume", "device", "max_cost") and stored.get(name, value) != value:
+        if name not in ("out", "resume", "device", "max_cost") and _reached(stored.get(name, value)) != _reached(value):
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{out}: {flag} was {stored[name]} in this run, not {value}; resume with the same flags")
 

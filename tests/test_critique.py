@@ -432,6 +432,7 @@ def test_examples_must_leave_room_for_the_shortest_prompt(model, tmp_path, monke
 
 @pytest.mark.parametrize("changes, part", [
     (dict(rounds=0, direct_revision=True), "--rounds 0 revises nothing"),
+    (dict(rounds=5), "--rounds 5: must be at most 4"),
     (dict(rounds=0, few_shot="x.txt"), "--rounds 0 revises nothing"),
     (dict(few_shot="none.txt"), "none.txt: cannot be read"),
     (dict(sample_prompts=0), "--sample-prompts 0: must be above 0"),

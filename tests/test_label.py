@@ -294,6 +294,45 @@ def test_a_server_that_falls_silent_is_asked_the_rest_later(tmp_path):
     assert (tmp_path / "run" / "preferences.jsonl").read_bytes() == (tmp_path / "whole" / "preferences.jsonl").read_bytes()
 
 
+def test_a_wrong_address_is_put_right(tmp_path):
+    """As long as there is no answer, all may be; later on, what does not change the answers."""
+    rows = candidates(tmp_path / "c.jsonl", n=4)
+    with ChatServer("404", *["ok"] * 5, "500", "ok") as server:
+        args = label_args(f"mistyped@{server.url},concurrency=1", tmp_path / "run", rows)
+        fails(args, "no such model")
+        assert not (tmp_path / "run").exists()
+        args = replace(args, judge=[f"any@{server.url},concurrency=1,retries=0"])
+        fails(args, "1 of 8 answers are missing")
+        elsewhere = server.url.replace("127.0.0.1", "localhost")
+        fails(replace(args, resume=True, judge=[f"other@{elsewhere}"]), "--judge was ['any@")
+        fails(replace(args, resume=True, judge=[f"any@{elsewhere},logprobs=0"]), "--judge was ['any@")
+        judge = f"any@{elsewhere},concurrency=2,timeout=9,retries=2,price=1/1"
+        assert label.main(replace(args, resume=True, judge=[judge]))["n"] == 4
+        assert len(server.requests) == 1 + 8 + 1
+
+
+def test_failures_that_are_paid_for_are_kept_and_grouped(tmp_path, capsys):
+    rows = candidates(tmp_path / "c.jsonl", n=3)
+    with ChatServer("empty") as server:
+        args = label_args(f"any@{server.url},concurrency=1", tmp_path / "run", rows)
+        why = "no pair could be labelled (3 x empty reply (finish_reason length)); its journal keeps failures too"
+        fails(args, why)
+        fails(replace(args, resume=True), why)
+        assert len(server.requests) == 6
+    with ChatServer(*["ok"] * 3, "empty", "ok") as server:
+        label.main(label_args(f"any@{server.url},concurrency=1", tmp_path / "some", rows))
+    assert "failed: 1 x empty reply (finish_reason length)\n" in capsys.readouterr().out
+
+
+def test_a_journal_of_something_else_is_one_line(tmp_path, monkeypatch):
+    rows = write(tmp_path / "c.jsonl", [{"prompt": PROMPT, "responses": [" no.", RIGHT]}] * 2)
+    args = label_args("gold", tmp_path / "run", rows, principles=["helpfulness"])
+    stops_after(monkeypatch, args, 2)
+    with open(tmp_path / "run" / "journal.jsonl", "a") as f:
+        f.write('{"key": "1/0/1/0/0/0", "record": {"said": "no answer"}}\n')
+    fails(replace(args, resume=True), "journal.jsonl: a record is no Answer; give another --out")
+
+
 def test_an_odd_reply_is_a_hard_verdict_and_is_said(tmp_path, capsys):
     rows = candidates(tmp_path / "c.jsonl", n=6)
     with ChatServer(*["ok"] * 5, "no logprobs", "ok") as server:
@@ -570,8 +609,15 @@ MISTAKES = [
     (dict(judge=GOLD, contrast=BASE, candidates=[TWO]), "--candidates brings its own responses"),
     (dict(judge=GOLD, others=LONG[:1], candidates=[TWO]), "--policy, --contrast and --others need --data"),
     (dict(judge=GOLD, candidates=[TWO, {**TWO, "responses": ["a"]}]), "candidates.jsonl:2: 'responses' should be"),
-    (dict(judge=[BASE], candidates=[{**TWO, "responses": ["a", "bike " * 300]}]), "no pair could be labelled"),
-    (dict(judge=GOLD, candidates=[{**TWO, "responses": ["a", "a"]}]), "no pair could be labelled ({'same response twice': 1})"),
+    (
+        dict(judge=[BASE], candidates=[{**TWO, "responses": ["a", "bike " * n]} for n in (300, 301)]),
+        "no pair could be labelled (2 x a prompt of N tokens does not fit the judge's context of N)",
+    ),
+    (dict(judge=GOLD, candidates=""), "--candidates: names no file"),
+    (dict(judge=GOLD, policy=BASE, data=""), "--data: names no file"),
+    (dict(judge=GOLD, candidates=[TWO], per_pair=17), "--per-pair 17: must be at most 16"),
+    (dict(judge=GOLD, policy=BASE, data=LONG[:1], responses=9), "--responses 9: must be at most 8"),
+    (dict(judge=GOLD, candidates=[{**TWO, "responses": ["a", "a"]}]), "could be labelled (left out: {'same response twice': 1})"),
     (dict(judge=GOLD, candidates=[TWO], principles=["danger"], constitution=["be good"]), "principles without names: leave"),
     (dict(judge=["ranks"], candidates=[TWO]), "candidates.jsonl:1: no key 'ranks'"),
     (dict(judge=["ranks", "gold"], candidates=[TWO]), "--judge ranks takes the ranks"),
@@ -598,9 +644,8 @@ def test_a_mistake_is_one_line_that_says_where(base, tmp_path, given, part):
         return [base] if given == [BASE] else base if given is BASE else given
 
     error = fails(label.Args(out=str(tmp_path / "run"), **{k: value(k, v) for k, v in given.items()}, **CPU), part)
-    assert "hush" not in error
-    if part != "no pair could be labelled" and "same response" not in part:
-        assert not (tmp_path / "run").exists()  # found before there was anything to clean up
+    assert "hush" not in error and "journal" not in error
+    assert not (tmp_path / "run").exists()  # found before there was anything to keep
 
 
 def test_the_answers_of_another_run_are_not_taken_over(tmp_path):
