@@ -155,9 +155,9 @@ def endpoint_sampler(endpoint, journal: Journal, temperature: float, max_new_tok
         ask = functools.partial(endpoint.complete, prompts, max_new_tokens, temperature)
         keys = [f"{seed}/{i}" for i in range(len(prompts))]
         found = journal.fill(keys, ask, Completion)
-        if endpoint.interrupted():
-            raise KeyboardInterrupt
         if missing := [c.error for key, c in zip(keys, found, strict=True) if key not in journal]:
+            if endpoint.interrupted():
+                raise KeyboardInterrupt
             again = "--resume and a higher --max-cost" if any("--max-cost" in error for error in missing) else "--resume"
             raise cli.UserError(
                 f"{journal.path}: {len(missing)} of {len(keys)} calls got no answer ({missing[0]}; {endpoint.spent:.4f} spent); "

@@ -3,6 +3,7 @@ critic, and the table at the end. The model is a function that says what the tes
 
 import json
 import random
+import signal
 from dataclasses import replace
 
 import pytest
@@ -162,6 +163,9 @@ class Fake:
 
     spent = 0.0
 
+    def interrupted(self):
+        return False
+
     def __init__(self, replies):
         self.replies, self.calls = replies, []
 
@@ -227,7 +231,7 @@ def test_a_server_as_the_critic(tmp_path, capsys):
     assert [row["words"] for row in result["revisions"]] == [11, 6, 6]
 
 
-@pytest.mark.parametrize("trouble", ["power", "silence", "money"])
+@pytest.mark.parametrize("trouble", ["power", "Ctrl-C", "silence", "money"])
 def test_what_a_server_was_paid_for_is_not_asked_again(monkeypatch, tmp_path, trouble):
     """Six requests, and an end after three of them: in the middle of a batch."""
     prompts = prompts_file(tmp_path, "how do i fix the bike?", "how do i fix the tent?")
@@ -238,15 +242,17 @@ def test_what_a_server_was_paid_for_is_not_asked_again(monkeypatch, tmp_path, tr
         assert len(server.requests) == 6
         server.requests.clear()
         args = replace(args, out=str(tmp_path / "run"))
-        if trouble == "power":
+        if trouble in ("power", "Ctrl-C"):
             plain = Journal.add
 
             def die(self, records, *durable):
                 plain(self, records, *durable)
                 if len(self.records) == 3:
+                    if trouble == "Ctrl-C":
+                        return signal.raise_signal(signal.SIGINT)
                     raise RuntimeError("the power is out")
 
-            with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+            with monkeypatch.context() as patch, pytest.raises((RuntimeError, KeyboardInterrupt)):
                 patch.setattr(Journal, "add", die)
                 critique.main(args)
         elif trouble == "silence":
