@@ -116,7 +116,7 @@ def label_metrics(rows: list[dict]) -> dict:
     "one_order": the mean of both orders' answers alone; one order's would hold the luck of where the right response stands.
     """
     rows_ = [r for r in rows if r["p_chosen"] > 0.5 and not r.get("is_random")]
-    named = [r for r in rows_ if r["principle_name"]]
+    named = [r for r in rows_ if r.get("principle_name")]
     asked = [(r, a) for r in named if (a := gold_prefers_chosen(r, r["principle_name"])) is not None]
     overall = [(r, a) for r in rows_ if (a := gold_prefers_chosen(r, "harm")) is not None]
 
