@@ -68,7 +68,7 @@ class Scale:
     texts: int = 200  # of each kind for the tax
 
 
-QUICK = Scale(((1, 16),), 200, 32, 24, 8, 6)
+QUICK = Scale(((1, 16),), 200, 16, 12, 4, 6)
 
 
 def demo_flags(run: str) -> dict:

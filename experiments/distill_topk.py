@@ -129,8 +129,8 @@ def verdicts(results: dict, ks: tuple) -> list[str]:
         for k in ks:
             for a, b in ((f"{k} + rest", "whole"), (f"{k} alone", f"{k} + rest")):
                 difference = results["measures"][measure][f"{a} - {b}"][common.ALL]
-                words = {1: "higher than", 0: "not told from", -1: "lower than"}[common.side(difference)]
-                lines.append(f"- {measure}, {a}: {words} with {b} ({common.shown(difference, 4)}).")
+                words = {1: "higher", 0: "no difference is shown", -1: "lower"}[common.side(difference)]
+                lines.append(f"- {measure}, {a} - {b}: {words} ({common.shown(difference, 4)}).")
     for k in ks:
         of = results["outside"][f"k = {k}"]
         for way in ("+ rest", "alone"):
