@@ -193,6 +193,12 @@ def compare(of: dict[str, dict[str, list]], rows: dict[str, list[dict]], pairs) 
     return found | {f"{a} - {b}": common.side_by_side(common.minus(of[a], of[b]), rows) for a, b in pairs}
 
 
+def told(columns: dict, digits=3) -> tuple[int, str]:
+    """The side of 0 that a difference of all runs is on, and its figures in words."""
+    where, alone = common.side(columns[common.ALL]), [common.side(one) for run, one in columns.items() if run != common.ALL]
+    return where, f"{common.shown(columns[common.ALL], digits)}, {alone.count(where)} of {len(alone)} runs alone"
+
+
 def experiment(name: str, run: str, args: Args, scale: Scale) -> dict:
     """One seed: {size, from small to large: {"parameters", "samples": {arm: rows}, "losses": {kind: {arm: values}}, ...}}."""
     out = f"{args.out}/{name}"
@@ -258,19 +264,20 @@ def by_size(of: dict, rows: dict) -> dict:
 
 
 def verdicts(found: dict) -> list[str]:
-    """What the figures say, in words; what disagrees with the paper is said in the same place."""
+    """What the figures say, in words; what disagrees with the paper is said in the same place. How many runs show by
+    themselves what all of them show together stands behind each figure."""
 
     def line(measure, a, b, words):
         """words: what it means that a - b is, at every size, 1: above 0, -1: below, 0: not told from 0."""
-        columns = {size: of[f"{a} - {b}"][common.ALL] for size, of in found[measure]["sizes"].items()}
-        sides = {common.side(c) for c in columns.values()}
+        differences = {size: told(of[f"{a} - {b}"]) for size, of in found[measure]["sizes"].items()}
+        sides = {side for side, _ in differences.values()}
         said = words[sides.pop()] if len(sides) == 1 else "it depends on the size"
-        numbers = ", ".join(f"{size}: {common.shown(c)}" for size, c in columns.items())
+        numbers = "; ".join(f"{size}: {figures}" for size, (_, figures) in differences.items())
         return f"- {measure}, {ARMS[a]} - {ARMS[b]}: {said} ({numbers})."
 
     def growth(measure, arm, words):
-        grown = found[measure]["growth"][arm][common.ALL]
-        return f"- {measure}, {ARMS[arm]}: {words[common.side(grown)]} (largest - smallest: {common.shown(grown)})."
+        side, figures = told(found[measure]["growth"][arm])
+        return f"- {measure}, {ARMS[arm]}: {words[side]} (largest - smallest: {figures})."
 
     gap = {1: "the gap grows with size, as in the paper", 0: "no growth of the gap is shown, unlike in the paper"}
     gap[-1] = "the gap shrinks with size, unlike in the paper"

@@ -19,7 +19,7 @@ import torch
 
 import distill
 from experiments import common
-from experiments.distill_hhh import HARMLESSNESS, HELPFULNESS, answers, compare, demo_flags, measures, written
+from experiments.distill_hhh import HARMLESSNESS, HELPFULNESS, answers, compare, demo_flags, measures, told, written
 from minirlaif import cli, constitution, data, targets, text, trainer
 from minirlaif.losses import token_kl
 
@@ -128,9 +128,9 @@ def verdicts(results: dict, ks: tuple) -> list[str]:
     for measure in (KL, HARMLESSNESS, HELPFULNESS):
         for k in ks:
             for a, b in ((f"{k} + rest", "whole"), (f"{k} alone", f"{k} + rest")):
-                difference = results["measures"][measure][f"{a} - {b}"][common.ALL]
-                words = {1: "higher", 0: "no difference is shown", -1: "lower"}[common.side(difference)]
-                lines.append(f"- {measure}, {a} - {b}: {words} ({common.shown(difference, 4)}).")
+                side, figures = told(results["measures"][measure][f"{a} - {b}"], 4)
+                words = {1: "higher", 0: "no difference is shown", -1: "lower"}[side]
+                lines.append(f"- {measure}, {a} - {b}: {words} ({figures}).")
     for k in ks:
         of = results["outside"][f"k = {k}"]
         for way in ("+ rest", "alone"):

@@ -16,7 +16,7 @@ import torch
 
 import distill
 from experiments import common
-from experiments.distill_hhh import HARMLESSNESS, HELPFULNESS, answers, compare, demo_flags, measures, written
+from experiments.distill_hhh import HARMLESSNESS, HELPFULNESS, answers, compare, demo_flags, measures, told, written
 from minirlaif import cli, corpus, data, examples, targets, text, trainer, world
 from minirlaif.metrics import gold_of
 from minirlaif.sampling import generate
@@ -123,24 +123,21 @@ def value_of(row: dict, measure: str):
 def verdicts(found: dict) -> list[str]:
     """What the figures say, in words."""
 
-    def shown(measure, pair):
-        return common.side(found[measure][pair][common.ALL]), common.shown(found[measure][pair][common.ALL])
-
-    side, numbers = shown(HARMLESSNESS, "student, tag A - student, tag B")
-    taught, _ = shown(HARMLESSNESS, "base, preamble A - base, preamble B")
+    side, figures = told(found[HARMLESSNESS]["student, tag A - student, tag B"])
+    taught, _ = told(found[HARMLESSNESS]["base, preamble A - base, preamble B"])
     words = "each tag selects its behaviour" if side == taught == 1 else "the tags do not select the behaviours"
-    lines = [f"- {words}: harmlessness of the student, tag A - tag B: {numbers}."]
+    lines = [f"- {words}: harmlessness of the student, tag A - tag B: {figures}."]
     for measure in (HARMLESSNESS, HELPFULNESS):
         for tag in TAGS:
-            side, numbers = shown(measure, f"student, tag {tag} - base, preamble {tag}")
+            side, figures = told(found[measure][f"student, tag {tag} - base, preamble {tag}"])
             words = {1: "higher than with", 0: "not told from", -1: "lower than with"}[side]
-            lines.append(f"- {measure}, tag {tag}: {words} the preamble that it stands for ({numbers}).")
-    side, numbers = shown(HARMLESSNESS, "base, tag A - base, tag B")
-    words = "the tags mean nothing to the base" if side == 0 else "the tags mean something to the base already"
-    lines.append(f"- {words}: harmlessness, tag A - tag B: {numbers}.")
-    side, numbers = shown(HARMLESSNESS, "student, none - base, none")
-    words = {1: "more harmless than the base", 0: "not told from the base", -1: "less harmless than the base"}[side]
-    return [*lines, f"- without a tag, where nothing was trained, the student is {words}: {numbers}."]
+            lines.append(f"- {measure}, tag {tag}: {words} the preamble that it stands for ({figures}).")
+    side, figures = told(found[HARMLESSNESS]["base, tag A - base, tag B"])
+    words = "nothing that shows" if side == 0 else "something"
+    lines.append(f"- to the base the tags mean {words}: harmlessness, tag A - tag B: {figures}.")
+    untagged = found[HARMLESSNESS]["student, none - base, none"]
+    alone = ", ".join(f"{run} {common.shown(one)}" for run, one in untagged.items() if run != common.ALL)
+    return [*lines, f"- without a tag, where nothing was trained, the student's harmlessness - the base's: {alone}."]
 
 
 def report(results: dict) -> list[str]:

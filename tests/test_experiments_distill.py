@@ -175,7 +175,8 @@ def test_what_is_called_left_out_is_in_no_preamble_of_the_text():
 
 
 def test_the_loss_on_text_is_that_of_pretraining_but_for_the_first_token(run):
-    documents = distill_hhh.unrelated(distill_hhh.ROLES, 5, 0)
+    roles, plain = (distill_hhh.unrelated(kind, 3, 0) for kind in (distill_hhh.ROLES, distill_hhh.PLAIN))
+    documents = roles + plain
     model, tokenizer = trainer.load_gpt(f"{run}/base"), trainer.tokenizer_of(f"{run}/base")
     for context in ("", C + "\n\n"):
         found = distill_hhh.text_losses(f"{run}/base", context, documents)
@@ -183,11 +184,10 @@ def test_the_loss_on_text_is_that_of_pretraining_but_for_the_first_token(run):
             ids, w = data.encode_document(tokenizer, document)
             head = tokenizer.encode(context)
             with torch.no_grad():
-                plain = pretrain.weighted_loss(model, torch.tensor([head + ids]), torch.tensor([[0.0] * (len(head) + 1) + w[1:]]))
-            assert value == pytest.approx(plain.item(), rel=1e-4)
-    plain = distill_hhh.unrelated(distill_hhh.PLAIN, 3, 0)
+                loss = pretrain.weighted_loss(model, torch.tensor([head + ids]), torch.tensor([[0.0] * (len(head) + 1) + w[1:]]))
+            assert value == pytest.approx(loss.item(), rel=1e-4)
     assert all("is made of" in row["segments"][0][0] and row["segments"][0][1] == 1 for row in plain)
-    assert {"Human" in "".join(s for s, _ in row["segments"]) for row in documents} == {True}
+    assert {"Human" in "".join(s for s, _ in row["segments"]) for row in roles} == {True}
 
 
 def test_the_tax_is_of_the_same_texts_in_every_arm(run, hhh):
@@ -308,7 +308,9 @@ def test_verdicts_on_what_is_left_out_of_the_teacher():
         "outside": {"k = 5": outside},
     }
     said = distill_topk.verdicts(found, (5,))
-    assert said[0] == "- KL to the teacher, 5 + rest - whole: no difference is shown (0.0100 [-0.1000, 0.1000])."
+    assert (
+        said[0] == "- KL to the teacher, 5 + rest - whole: no difference is shown (0.0100 [-0.1000, 0.1000], 1 of 1 runs alone)."
+    )
     assert said[1].startswith("- KL to the teacher, 5 alone - 5 + rest: higher (0.2000")
     assert said[-1].startswith("- mass outside the teacher's 5 likeliest tokens, 5 alone: less than the teacher's (-0.2000 ")
 
@@ -383,7 +385,8 @@ def test_the_verdict_on_two_contexts_needs_both_to_show():
     key = {"student, tag A - student, tag B": UP, "base, preamble A - base, preamble B": UP}
     row = dict.fromkeys(names, LEVEL) | key
     lines = two_contexts.verdicts({"harmlessness": row, "helpfulness": row})
-    assert lines[0].startswith("- each tag selects its behaviour") and "(0.010 [-0.100, 0.100])" in lines[1]
+    assert lines[0].startswith("- each tag selects its behaviour") and "0.200 [0.100, 0.300], 0 of 1 runs alone" in lines[0]
+    assert lines[-1].endswith("the student's harmlessness - the base's: first 0.000 [-1.000, 1.000].")
     for pair in key:
         less = row | {pair: LEVEL}
         assert two_contexts.verdicts({"harmlessness": less, "helpfulness": less})[0].startswith("- the tags do not select")
