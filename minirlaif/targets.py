@@ -95,7 +95,8 @@ def predict_all(teacher: GPT, root, examples: list, top_k: int, temperature: flo
         found = predict(teacher, h[: sum(len(e.response) for e in batch)], top_k, temperature)
         parts.append((found.logprobs.half().cpu(), None if found.ids is None else found.ids.to(ids).cpu()))
     logprobs, ids = zip(*parts, strict=True)
-    return Targets(torch.cat(logprobs), torch.cat(ids) if top_k else None)
+    with torch.autocast("cpu", enabled=False):  # its cat knows no fp16
+        return Targets(torch.cat(logprobs), torch.cat(ids) if top_k else None)
 
 
 def save(path, targets: Targets, responses: list, made: dict):

@@ -126,6 +126,17 @@ def test_behind_a_shared_context_states_and_samples_are_those_of_the_whole(monke
 # targets in a file
 
 
+@pytest.mark.parametrize("top_k", [0, 10])
+def test_targets_can_be_stored_in_bf16(top_k):
+    """Under autocast, as distill.py does it: what is stored is in fp16 all the same."""
+    rows = [Example(ids(6, i), ids(2, i), ids(9, i + 99), 0) for i in range(70)]
+    with trainer.autocast(torch.device("cpu"), "bf16"):
+        stored = targets.predict_all(small(0), None, rows, top_k, 1.0, 0)
+    plain = targets.predict_all(small(0), None, rows, top_k, 1.0, 0)
+    assert stored.logprobs.dtype == torch.float16 and len(stored.logprobs) == 630
+    assert (stored.logprobs.float().exp() - plain.logprobs.float().exp()).abs().mean() < 0.02
+
+
 def test_stored_targets_are_the_teachers_but_for_rounding_and_as_small_as_is_said(tmp_path):
     teacher = small(0, n_vocab=400)
     rows = [Example(ids(6, i, 400), ids(2, i, 400), ids(30, i + 99, 400), 0) for i in range(70)]
