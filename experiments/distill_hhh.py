@@ -187,10 +187,11 @@ def taxes(run: str, policies: dict[str, str], n: int) -> tuple[dict, dict]:
 # ---- what was found -------------------------------------------------------------------------------------------------
 
 
-def compare(of: dict[str, dict[str, list]], rows: dict[str, list[dict]], pairs) -> dict[str, dict]:
-    """{name: {run: a value a row}} -> {name, or "a - b" of each pair: side_by_side}."""
-    found = {name: common.side_by_side(values, rows) for name, values in of.items()}
-    return found | {f"{a} - {b}": common.side_by_side(common.minus(of[a], of[b]), rows) for a, b in pairs}
+def compare(of: dict[str, dict[str, list]], rows: dict[str, list[dict]], pairs, nats=False) -> dict[str, dict]:
+    """{name: {run: a value a row}} -> {name, or "a - b" of each pair: side_by_side}; values are in [0, 1], or in nats."""
+    alone, between = (None, None) if nats else ((0, 1), (-1, 1))
+    found = {name: common.side_by_side(values, rows, alone) for name, values in of.items()}
+    return found | {f"{a} - {b}": common.side_by_side(common.minus(of[a], of[b]), rows, between) for a, b in pairs}
 
 
 def told(columns: dict, digits=3) -> tuple[int, str]:
@@ -244,7 +245,7 @@ def summarise(found: dict) -> dict:
         results["measures"][measure] = by_size(of, {run: [r for r, m in asked[run] if m[measure] is not None] for run in runs})
     for kind in (PLAIN, ROLES):
         of = {(s, arm): {run: found[run][s]["losses"][kind][arm] for run in runs} for s, arm in models}
-        results["measures"][kind] = by_size(of, {run: found[run][first]["texts"][kind] for run in runs})
+        results["measures"][kind] = by_size(of, {run: found[run][first]["texts"][kind] for run in runs}, nats=True)
     results["loss_of_c"] = {
         f"{size}, {words}": {run: found[run][size]["loss_of_c"][arm] for run in runs}
         for size in sizes
@@ -254,13 +255,16 @@ def summarise(found: dict) -> dict:
     return {"verdicts": verdicts(results["measures"]), **results}
 
 
-def by_size(of: dict, rows: dict) -> dict:
+def by_size(of: dict, rows: dict, nats=False) -> dict:
     """{(size, arm): {run: values}} -> {"sizes": {size: compare}, "growth": {arm: its effect on the largest - smallest}}."""
     sizes, others = list(dict.fromkeys(size for size, _ in of)), [arm for arm in ARMS if arm != "none"]
     pairs = [(arm, "none") for arm in others] + BETWEEN
     effect = {(size, arm): common.minus(of[size, arm], of[size, "none"]) for size in sizes for arm in others}
-    growth = {arm: common.side_by_side(common.minus(effect[sizes[-1], arm], effect[sizes[0], arm]), rows) for arm in others}
-    return {"sizes": {size: compare({arm: of[size, arm] for arm in ARMS}, rows, pairs) for size in sizes}, "growth": growth}
+    grown = {arm: common.minus(effect[sizes[-1], arm], effect[sizes[0], arm]) for arm in others}
+    return {
+        "sizes": {size: compare({arm: of[size, arm] for arm in ARMS}, rows, pairs, nats) for size in sizes},
+        "growth": {arm: common.side_by_side(values, rows, None if nats else (-2, 2)) for arm, values in grown.items()},
+    }
 
 
 def verdicts(found: dict) -> list[str]:
@@ -328,13 +332,7 @@ def report(results: dict) -> list[str]:
 
 def plot(results: dict, path: Path):
     """Harmlessness, helpfulness and the tax by size; nothing where matplotlib is not installed."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-    except ImportError:
-        print(f'no {path.name}: matplotlib is not installed (pip install -e ".[plot]")')
+    if not (plt := common.pyplot(path)):
         return
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     x = list(results["parameters"].values())

@@ -106,7 +106,7 @@ def summarise(found: dict, ks: tuple) -> dict:
     def against(arm, name):
         return {run: found[run]["against"][arm][name] for run in runs}
 
-    results = {"measures": {KL: compare({arm: against(arm, KL) for arm in arms}, rows, pairs)}}
+    results = {"measures": {KL: compare({arm: against(arm, KL) for arm in arms}, rows, pairs, nats=True)}}
     for measure in (HARMLESSNESS, HELPFULNESS):
         of, asked = {}, {}
         for name in ["prompted", *arms]:
@@ -154,13 +154,7 @@ def report(results: dict) -> list[str]:
 
 def plot(results: dict, ks: tuple, path: Path):
     """KL and the mass outside by k; nothing where matplotlib is not installed."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-    except ImportError:
-        print(f'no {path.name}: matplotlib is not installed (pip install -e ".[plot]")')
+    if not (plt := common.pyplot(path)):
         return
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     found, outside = results["measures"][KL], results["outside"]
