@@ -15,16 +15,20 @@ Left out: hidden-state losses, and new answers as the student changes (on-policy
 
 import hashlib
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from minirlaif import cli, constitution, data, ddp, examples, lora, prefix, targets, trainer, world
+from minirlaif.examples import Example
 from minirlaif.metrics import gold_of
+from minirlaif.model import GPT, KVCache
 from minirlaif.sampling import generate
 
 
@@ -79,6 +83,108 @@ def context_of(args: Args) -> str:
     return found
 
 
+class Models(NamedTuple):
+    """Who teaches whom, and what each of their forward passes needs."""
+
+    student: torch.nn.Module  # reads a prompt
+    teacher: GPT  # reads C and the prompt; frozen
+    root: KVCache  # keys and values of what all that the teacher reads begins with, C above all: computed once
+    eot: int
+    precision: AbstractContextManager
+
+    def context(self, model, example: Example) -> list[int]:
+        return example.seen if model is self.teacher else example.unseen
+
+    def shared(self, model) -> KVCache | None:
+        return self.root if model is self.teacher else None
+
+
+# ---- the loss -------------------------------------------------------------------------------------------------------
+
+
+def states(models: Models, model, batch: list[Example]) -> torch.Tensor:
+    """What a model has in mind (N', C) before each of the N response tokens of a batch, and copies; the same N for both."""
+    contexts, responses = [models.context(model, e) for e in batch], [e.response for e in batch]
+    return targets.response_states(model, contexts, responses, models.eot, models.shared(model))
+
+
+@torch.no_grad()
+def target_of(models: Models, batch: list[Example], top_k: int, temperature: float):
+    """What the student is to match: Targets; or, for the whole vocabulary, the teacher and its states, for `targets.kl`."""
+    h = states(models, models.teacher, batch)
+    return targets.predict(models.teacher, h, top_k, temperature) if top_k else (models.teacher, h)
+
+
+def total_kl(models: Models, batch: list[Example], target, direction="forward", temperature=1.0) -> torch.Tensor:
+    """Sum over a batch's response tokens of temperature² · KL between teacher and student, nats."""
+    kl = targets.kl(models.student, states(models, models.student, batch), target, direction, temperature)
+    return kl[: sum(len(e.response) for e in batch)].sum()
+
+
+@torch.no_grad()
+def held_out_kl(models: Models, test: list[Example]) -> float:
+    """KL(teacher || student) over the whole vocabulary at temperature 1, whatever the loss is; nats a token."""
+    total = count = 0
+    for batch in (test[i : i + 64] for i in range(0, len(test), 64)):
+        with models.precision:
+            total += float(total_kl(models, batch, target_of(models, batch, 0, 1.0)))
+        count += sum(len(e.response) for e in batch)
+    return total / count
+
+
+# ---- examples and answers -------------------------------------------------------------------------------------------
+
+
+def load_examples(args: Args, context: str, tokenizer, rooms) -> tuple[list[Example], list[Example]]:
+    """--data as (train, held out): --eval-data is held out, or else the first tenth of each file."""
+
+    def load(path, number):
+        return examples.load(path, number, context, tokenizer, rooms, args.max_new_tokens, args.on_bad_row)[: args.limit]
+
+    files = [load(path, i) for i, path in enumerate(args.data)]
+    if args.eval_data:
+        return [e for rows in files for e in rows], load(args.eval_data, 0)[:HELD_OUT]
+    train, held_out = [], []
+    for path, rows in zip(args.data, files, strict=True):
+        if len(rows) == 1:
+            raise cli.UserError(f"{path}: too few rows to hold some out; give --eval-data")
+        cut = max(1, len(rows) // 10)
+        held_out += rows[: min(cut, HELD_OUT // len(files))]
+        train += rows[cut:]
+    return train, held_out
+
+
+def sample(models: Models, model, rows: list[Example], args: Args, key) -> list[tuple[list[int], bool]]:
+    """A model's answer to each example: ids without end-of-text, and whether it ended."""
+    out = []
+    for i in range(0, len(rows), 128):
+        contexts = [models.context(model, e) for e in rows[i : i + 128]]
+        seed = trainer.rng(args.seed, key, i).initial_seed()
+        with models.precision:
+            s = generate(model, contexts, args.max_new_tokens, models.eot, seed=seed, root=models.shared(model))
+        out += zip(s.responses(), s.stopped.tolist(), strict=True)
+    return out
+
+
+def respond(models: Models, rows: list[Example], args: Args, key) -> list[list[int] | None]:
+    """The response of each example, the teacher's where there was none; None for an answer that was cut off."""
+    answers = iter(sample(models, models.teacher, [e for e in rows if e.response is None], args, key))
+    found = (next(answers) if e.response is None else (e.response, None) for e in rows)
+    return [ids if stopped is None else ids + [models.eot] if stopped else None for ids, stopped in found]
+
+
+def filled(rows: list[Example], responses: list) -> list[Example]:
+    return [e._replace(response=r) for e, r in zip(rows, responses, strict=True) if r is not None]
+
+
+def answers_of(models: Models, model, asked: list[Example], args: Args, tokenizer) -> list[dict]:
+    """Answers to held-out prompts, to be read and judged."""
+    return [
+        dict(prompt=tokenizer.decode(e.unseen), response=tokenizer.decode(ids), stopped=stopped)
+        for e, (ids, stopped) in zip(asked, sample(models, model, asked, args, "gold"), strict=True)
+    ]
+
+
 def gold_means(answers: list[dict]) -> dict:
     """Mean gold harm, and helpfulness on harmless requests; nothing where a prompt is not the toy world's."""
     requests = [world.parse_request(row["prompt"]) for row in answers]
@@ -87,6 +193,9 @@ def gold_means(answers: list[dict]) -> dict:
     gold = [gold_of(row) for row in answers]
     helpful = [g.helpfulness for g, request in zip(gold, requests, strict=True) if not request.harmful]
     return {"harm": sum(g.harm for g in gold) / len(gold), "helpfulness": sum(helpful) / max(1, len(helpful))}
+
+
+# ---- the run --------------------------------------------------------------------------------------------------------
 
 
 def main(args: Args) -> dict:
@@ -105,19 +214,7 @@ def main(args: Args) -> dict:
     if (n := len(tokenizer.encode(context))) + args.max_new_tokens >= rooms[0]:
         total = f"{n} tokens and --max-new-tokens {args.max_new_tokens}"
         raise cli.UserError(f"C is too long: {total}; the teacher holds {rooms[0]}, prompt and all; shorten one of the two")
-
-    def load(path, number):
-        return examples.load(path, number, context, tokenizer, rooms, args.max_new_tokens, args.on_bad_row)[: args.limit]
-
-    files = [load(path, i) for i, path in enumerate(args.data)]
-    cuts = [0 if args.eval_data else max(1, len(rows) // 10) for rows in files]
-    held_out = [e for rows, cut in zip(files, cuts, strict=True) for e in rows[: min(cut, HELD_OUT // len(files))]]
-    if args.eval_data:
-        held_out = load(args.eval_data, 0)[:HELD_OUT]
-    train = [e for rows, cut in zip(files, cuts, strict=True) for e in rows[cut:]]
-    for path, rows in zip(args.data, files, strict=True):
-        if len(rows) == 1 and not args.eval_data:
-            raise cli.UserError(f"{path}: too few rows to hold some out; give --eval-data")
+    train, held_out = load_examples(args, context, tokenizer, rooms)
 
     with trainer.Run(args.out, args, args.resume) as run:
         if run.finished:
@@ -126,76 +223,20 @@ def main(args: Args) -> dict:
         optimizer = trainer.configure_optimizer(student, args.lr)
         with precision:
             root = prefix.root(teacher, [e.seen for e in train + held_out], tokenizer.eot)
-
-        def sample(model, contexts, key):
-            """(ids without end-of-text, whether it stopped) after each context."""
-            out, shared = [], root if model is teacher else None
-            for i in range(0, len(contexts), 128):
-                seed, part = trainer.rng(args.seed, key, i).initial_seed(), contexts[i : i + 128]
-                with precision:
-                    s = generate(model, part, args.max_new_tokens, tokenizer.eot, seed=seed, root=shared)
-                out += zip(s.responses(), s.stopped.tolist(), strict=True)
-            return out
-
-        def answered(rows, key):
-            """The response of each example, the teacher's where there was none; None for an answer that was cut off."""
-            found = sample(teacher, [e.seen for e in rows if e.response is None], key)
-            answers = iter([ids + [tokenizer.eot] if stopped else None for ids, stopped in found])
-            return [next(answers) if e.response is None else e.response for e in rows]
-
-        def filled(rows, responses):
-            return [e._replace(response=r) for e, r in zip(rows, responses, strict=True) if r is not None]
-
-        def states(model, batch):
-            contexts, shared = ([e.seen for e in batch], root) if model is teacher else ([e.unseen for e in batch], None)
-            return targets.response_states(model, contexts, [e.response for e in batch], tokenizer.eot, shared)
-
-        def target_of(batch, places):
-            """What the student is to match: stored targets, or the teacher's own prediction."""
-            if stored is not None:
-                index = torch.cat([torch.arange(start[i], start[i + 1]) for i in places])
-                return stored.at(F.pad(index, (0, -len(index) % 128)), device)  # as many as rows_where gives
-            with torch.no_grad():
-                h = states(teacher, batch)
-                return targets.predict(teacher, h, top_k, args.temperature) if top_k else (teacher, h)
-
-        def total_kl(batch, target, direction, temperature):
-            kl = targets.kl(student, states(student, batch), target, direction, temperature)
-            return kl[: sum(len(e.response) for e in batch)].sum()
-
-        @torch.no_grad()
-        def held_out_kl():
-            """KL(teacher || student) over the whole vocabulary at temperature 1, whatever the loss is; nats a token."""
-            total = count = 0
-            for batch in (test[i : i + 64] for i in range(0, len(test), 64)):
-                with precision:
-                    total += float(total_kl(batch, (teacher, states(teacher, batch)), "forward", 1.0))
-                count += sum(len(e.response) for e in batch)
-            return total / count
-
-        prompts = [e for e in held_out if e.response is None]
-        asked = [e for e in prompts if world.parse_request(tokenizer.decode(e.unseen))][:ASKED] or prompts[:SHOWN]
-
-        def look(name, model):
-            """Answers to held-out prompts, and what gold says of them where they are the toy world's -> (texts, metrics)"""
-            answers = sample(model, [e.seen if name == "prompted" else e.unseen for e in asked], "gold")
-            rows = [
-                dict(prompt=tokenizer.decode(e.unseen), response=tokenizer.decode(ids), stopped=stopped)
-                for e, (ids, stopped) in zip(asked, answers, strict=True)
-            ]
-            return [r["response"] for r in rows[:SHOWN]], {f"val/{k}_{name}": v for k, v in gold_means(rows).items()}
-
+        models = Models(student, teacher, root, tokenizer.eot, precision)
         state = run.load_state()
+
+        # 1. The teacher answers where there is no response yet; with --store-targets, its log-probs are kept beside it
+        stored, file = None, Path(args.store_targets) if args.store_targets else None
         origin = repr((run.info["inputs"][args.teacher or args.model], train, args.seed, args.max_new_tokens))
         made = {"--temperature": args.temperature, "--top-k": top_k}
         made["origin (teacher, C, data, --seed, --max-new-tokens)"] = hashlib.sha256(origin.encode()).hexdigest()
-        stored, file = None, Path(args.store_targets) if args.store_targets else None
         if file and not file.parent.is_dir():  # said before the answers are sampled, not after
             raise cli.UserError(f"--store-targets {file}: there is no folder {file.parent}")
         if ddp.agree(bool(file and file.exists())):
             stored, responses = targets.load(file, made)
         else:
-            responses = state["responses"] if state else ddp.agree(answered(train, "train"))
+            responses = state["responses"] if state else ddp.agree(respond(models, train, args, "train"))
         rows = filled(train, responses)
         if file and rows and not stored:
             with precision:
@@ -204,26 +245,30 @@ def main(args: Args) -> dict:
                 targets.save(file, found, responses, made)
             ddp.agree(None)  # it is there
             stored, _ = targets.load(file, made)
-        test_responses = state["test_responses"] if state else ddp.agree(answered(held_out, "test"))
+        start = [0, *accumulate(len(e.response) for e in rows)]  # of each row's tokens among the stored targets
+        test_responses = state["test_responses"] if state else ddp.agree(respond(models, held_out, args, "test"))
         test = filled(held_out, test_responses)
         for number, path in enumerate(args.data):
             if not test or not any(e.file == number for e in rows):
                 raise cli.UserError(f"{path}: no answer ended within --max-new-tokens {args.max_new_tokens}")
-        start = [0, *accumulate(len(e.response) for e in rows)]  # of each row's tokens among the stored targets
+
+        # 2. How far the student is from the teacher before
+        prompts = [e for e in held_out if e.response is None]
+        asked = [e for e in prompts if world.parse_request(tokenizer.decode(e.unseen))][:ASKED] or prompts[:SHOWN]
         if state:
             student.load_state_dict(state["student"])
             optimizer.load_state_dict(state["optimizer"])
             first, before, said = state["step"], state["before"], state["said"]
         else:
-            first, before, said = 0, {"val/kl_before": held_out_kl()}, {}
-            for name, model in (("prompted", teacher), ("before", student)):
-                said[name], found = look(name, model)
-                before |= found
+            first, before = 0, held_out_kl(models, test)
+            said = {"prompted": answers_of(models, teacher, asked, args, tokenizer)}
+            said["before"] = answers_of(models, student, asked, args, tokenizer)
 
         def make_state():
             weights = {"student": student.state_dict(), "optimizer": optimizer.state_dict()}
             return {**weights, "responses": responses, "test_responses": test_responses, "before": before, "said": said}
 
+        # 3. Train: at each step the teacher's prediction of each token, and the student's without C
         batches = []
         for epoch in range(args.epochs):
             order = examples.epoch_order([e.file for e in rows], args.weights, args.seed, epoch)
@@ -232,10 +277,10 @@ def main(args: Args) -> dict:
         started, tokens_seen = time.monotonic(), 0
         bar = tqdm(range(first, len(batches)), "distill", initial=first, total=len(batches), disable=ddp.rank() > 0)
         for step in bar:
-            val = {"val/kl": before["val/kl_before"]} if step == 0 else {}
+            val = {"val/kl": before} if step == 0 else {}
             if step in quarters:
                 began = time.monotonic()
-                val = {"val/kl": held_out_kl()}
+                val = {"val/kl": held_out_kl(models, test)}
                 started += time.monotonic() - began  # no part of the speed
             lr = args.lr * trainer.lr_at(step, len(batches), WARMUP, "linear")
             for group in optimizer.param_groups:
@@ -246,7 +291,12 @@ def main(args: Args) -> dict:
             if mine:
                 batch = [rows[i] for i in mine]
                 with precision:
-                    loss = total_kl(batch, target_of(batch, mine), args.direction, args.temperature) / count
+                    if stored:
+                        index = torch.cat([torch.arange(start[i], start[i + 1]) for i in mine])
+                        target = stored.at(F.pad(index, (0, -len(index) % 128)), device)  # as many as `states` gives
+                    else:
+                        target = target_of(models, batch, top_k, args.temperature)
+                    loss = total_kl(models, batch, target, args.direction, args.temperature) / count
                 loss.backward()
             loss = ddp.total(loss.detach())
             ddp.sum_gradients(student)
@@ -259,24 +309,29 @@ def main(args: Args) -> dict:
             run.log(step, **metrics, **val)
             bar.set_postfix(kl=f"{loss.item():.3f}", tok_s=f"{speed:,.0f}")
             run.end_step(step + 1, make_state)
-        after = held_out_kl()
-        said["after"], gold = look("after", student)
+
+        # 4. And after
+        after, cut_off = held_out_kl(models, test), len(train) - len(rows)
+        said["after"] = answers_of(models, student, asked, args, tokenizer)
+        gold = {f"{what}_{name}": v for name, answers in said.items() for what, v in gold_means(answers).items()}
         saved = sum(len(e.seen) - len(e.unseen) for e in held_out) / len(held_out)
-        metrics = {**before, "val/kl": after, "val/kl_after": after, **gold, "val/tokens_saved": saved}
-        cut_off = len(train) - len(rows)
-        run.log(len(batches), **metrics, answers=len(rows), cut_off=cut_off)
+        found = {"kl_before": before, "kl_after": after, **gold, "tokens_saved": saved}
+        logged = {f"val/{name}": value for name, value in found.items()} | {"val/kl": after}
+        run.log(len(batches), **logged, answers=len(rows), cut_off=cut_off)
+        if ddp.rank() == 0:
+            data.write_jsonl(run.folder / "samples.jsonl", [{"model": name, **row} for name in said for row in said[name]])
         lora.save(args.out, student, "gpt", tokenizer.name)
         run.finish()
     for i, e in enumerate(asked[:SHOWN]):
-        print(tokenizer.decode(e.unseen).strip(), *(f"\n  {name:>8}:{texts[i]}" for name, texts in said.items()), sep="")
-    if gold:
-        for what in ("harm", "helpfulness"):
-            print(f"{what} on {len(asked)} held-out requests:", *(f"{metrics[f'val/{what}_{n}']:.3f} {n}" for n in said))
+        shown = (f"\n  {name:>8}:{answers[i]['response']}" for name, answers in said.items())
+        print(tokenizer.decode(e.unseen).strip(), *shown, sep="")
+    for what in ("harm", "helpfulness") if gold else ():
+        print(f"{what} on {len(asked)} held-out requests:", *(f"{gold[f'{what}_{name}']:.3f} {name}" for name in said))
     print(
-        f"{args.out}: KL to the teacher {before['val/kl_before']:.4f} -> {after:.4f} nats a token on held-out answers"
+        f"{args.out}: KL to the teacher {before:.4f} -> {after:.4f} nats a token on held-out answers"
         f" ({cut_off} cut off); {saved:.0f} tokens saved a request"
     )
-    return {key.removeprefix("val/"): value for key, value in metrics.items() if key != "val/kl"}
+    return found
 
 
 if __name__ == "__main__":

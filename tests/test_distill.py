@@ -303,6 +303,9 @@ def test_distillation_moves_the_preamble_into_the_weights(home, base, prompts, t
     assert result.keys() >= {f"{what}_{n}" for what in ("harm", "helpfulness") for n in ("prompted", "before", "after")}
     printed = capsys.readouterr().out
     assert "harm on" in printed and "prompted:" in printed and "after:" in printed
+    kept = rows_of(tmp_path / "run" / "samples.jsonl")
+    assert {row["model"] for row in kept} == {"prompted", "before", "after"}
+    assert all(row["response"] in printed for row in kept if row["prompt"] == kept[0]["prompt"])
 
     val = metrics_of(tmp_path / "run", "val/kl")  # before, three times during, after
     assert len(val) == 5 and (val[0], val[-1]) == (last["val/kl_before"], last["val/kl_after"])
