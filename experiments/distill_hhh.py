@@ -195,8 +195,10 @@ def compare(of: dict[str, dict[str, list]], rows: dict[str, list[dict]], pairs, 
 
 
 def told(columns: dict, digits=3) -> tuple[int, str]:
-    """The side of 0 that a difference of all runs is on, and its figures in words."""
+    """The side of 0 that a difference of all runs is on, 0 where one run contradicts another, and its figures in words."""
     where, alone = common.side(columns[common.ALL]), [common.side(one) for run, one in columns.items() if run != common.ALL]
+    if {1, -1} <= {*alone}:
+        return 0, f"{common.shown(columns[common.ALL], digits)}, but the runs contradict each other"
     return where, f"{common.shown(columns[common.ALL], digits)}, {alone.count(where)} of {len(alone)} runs alone"
 
 
@@ -334,21 +336,25 @@ def plot(results: dict, path: Path):
     """Harmlessness, helpfulness and the tax by size; nothing where matplotlib is not installed."""
     if not (plt := common.pyplot(path)):
         return
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    x = list(results["parameters"].values())
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4.2), layout="constrained")
+    sizes = list(results["parameters"].values())
     for axis, measure in zip(axes, (HARMLESSNESS, HELPFULNESS, PLAIN), strict=True):
+        rise = measure == PLAIN  # the others are shown as they are
         for k, (arm, words) in enumerate(ARMS.items()):
-            of = results["measures"][measure]["sizes"].values()
-            points = [one[f"{arm} - none" if measure == PLAIN and arm != "none" else arm][common.ALL] for one in of]
-            if measure == PLAIN and arm == "none":
+            if rise and arm == "none":
                 continue
+            of = results["measures"][measure]["sizes"].values()
+            points = [one[f"{arm} - none" if rise else arm][common.ALL] for one in of]
             y = [point["value"] for point in points]
             error = [[max(0, p["value"] - p["ci"][0]) for p in points], [max(0, p["ci"][1] - p["value"]) for p in points]]
-            at = [n * 1.03 ** (k - len(ARMS) / 2) for n in x]  # side by side
+            at = [n * 1.04 ** (k - len(ARMS) / 2) for n in sizes]  # side by side
             axis.errorbar(at, y, yerr=error, marker="o", markersize=4, color=f"C{k}", label=words)
-        title = f"rise of the {measure} (nats a token)" if measure == PLAIN else f"gold {measure}"
-        axis.set(xscale="log", xlabel="weights", title=title)
-    axes[0].legend(fontsize=7)
+        axis.set(xscale="log", xlabel="weights", title=f"rise of the {measure} (nats a token)" if rise else f"gold {measure}")
+        axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
+        axis.minorticks_off()
+        if not rise:
+            axis.set_ylim(top=1.01)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ARMS), fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -24,7 +24,7 @@ from minirlaif import cli, constitution, data, targets, text, trainer
 from minirlaif.losses import token_kl
 
 KS = (1, 5, 10, 50)
-KL = "KL to the teacher"
+KL, DIGITS = "KL to the teacher", 5
 QUICK, QUICK_EXAMPLES, QUICK_HELD_OUT = (1, 5), 32, 16
 
 
@@ -128,14 +128,14 @@ def verdicts(results: dict, ks: tuple) -> list[str]:
     for measure in (KL, HARMLESSNESS, HELPFULNESS):
         for k in ks:
             for a, b in ((f"{k} + rest", "whole"), (f"{k} alone", f"{k} + rest")):
-                side, figures = told(results["measures"][measure][f"{a} - {b}"], 4)
+                side, figures = told(results["measures"][measure][f"{a} - {b}"], DIGITS)
                 words = {1: "higher", 0: "no difference is shown", -1: "lower"}[side]
                 lines.append(f"- {measure}, {a} - {b}: {words} ({figures}).")
     for k in ks:
         of = results["outside"][f"k = {k}"]
         for way in ("+ rest", "alone"):
             words = {1: "more than", 0: "not told from", -1: "less than"}[common.side(of[f"{way} - teacher"][common.ALL])]
-            numbers = f"{common.shown(of[way][common.ALL], 4)} against {common.shown(of['teacher'][common.ALL], 4)}"
+            numbers = " against ".join(common.shown(of[one][common.ALL], DIGITS) for one in (way, "teacher"))
             lines.append(f"- mass outside the teacher's {k} likeliest tokens, {k} {way}: {words} the teacher's ({numbers}).")
     return lines
 
@@ -145,11 +145,11 @@ def report(results: dict) -> list[str]:
     lines = ["# How much of the teacher a student needs", "", *results["verdicts"], ""]
     lines += ["Means with 95 % intervals (bootstrap over deed x thing); differences are paired."]
     for measure, rows in results["measures"].items():
-        lines += ["", f"## {measure}", "", *common.table("targets", rows, 4)]
+        lines += ["", f"## {measure}", "", *common.table("targets", rows, DIGITS)]
     lines += ["", "## Mass outside the teacher's k likeliest tokens, all runs", ""]
     ways = ("teacher", "whole", "+ rest", "alone")
     outside = {k: {way: of[way][common.ALL] for way in ways} for k, of in results["outside"].items()}
-    return lines + common.table("", outside, 4)
+    return lines + common.table("", outside, DIGITS)
 
 
 def plot(results: dict, ks: tuple, path: Path):
