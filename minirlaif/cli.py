@@ -19,12 +19,13 @@ class UserError(Exception):
     """Something that the user can put right. The message is one line: what is wrong, where, and what to do."""
 
 
-def arg(default=MISSING, help="", choices=None, positional=False):
+def arg(default=MISSING, help="", choices=None, positional=False, empty=False):
     """A dataclass field with its help text, given by keyword only. Without a default the flag is required.
 
     positional: on the command line the value stands alone, without a flag (one such field, a required list).
+    empty: the flag may be given an empty text, which is a mistake elsewhere (a variable of the shell that is not set).
     """
-    metadata = {"help": help, "choices": choices, "positional": positional}
+    metadata = {"help": help, "choices": choices, "positional": positional, "empty": empty}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata, kw_only=True)
     return dataclasses.field(default=default, metadata=metadata, kw_only=True)
@@ -63,7 +64,12 @@ def parse(Args, argv=None, word=None):
             parser.add_argument(field.name, nargs="+", type=kind, metavar=field.name.upper(), help=text)
         else:
             parser.add_argument("--" + field.name.replace("_", "-"), **options)
-    return Args(**vars(parser.parse_args(argv)))
+    args = Args(**vars(parser.parse_args(argv)))
+    for field in dataclasses.fields(Args):
+        value = getattr(args, field.name)
+        if "" in (value if isinstance(value, list) else [value]) and not field.metadata.get("empty") and value != field.default:
+            fail(f"--{field.name.replace('_', '-')}: is empty; give it a value, or leave it out")
+    return args
 
 
 class _Parser(argparse.ArgumentParser):

@@ -100,3 +100,18 @@ def test_numbers_that_must_be_positive_are_named():
         for value in bad:
             with pytest.raises(cli.UserError, match=f"--batch-size {value}: must be"):
                 check(SimpleNamespace(batch_size=value), "batch_size")
+
+
+def test_an_empty_text_is_a_mistake_but_where_it_means_something(capsys):
+    @dataclass
+    class Texts:
+        out: str = cli.arg("runs", "folder")
+        files: list[str] = cli.arg([], "files")
+        note: str = cli.arg("", "empty by default")
+        preamble: str | None = cli.arg(None, "may be empty", empty=True)
+
+    for argv, flag in ((["--out", ""], "--out"), (["--files", "a", ""], "--files")):
+        with pytest.raises(SystemExit) as stop:
+            cli.parse(Texts, argv)
+        assert stop.value.code == 2 and capsys.readouterr().err == f"error: {flag}: is empty; give it a value, or leave it out\n"
+    assert cli.parse(Texts, ["--preamble", "", "--note", ""]).preamble == ""
