@@ -16,7 +16,7 @@ from minirlaif import data, prefix
 from minirlaif.cli import UserError
 from minirlaif.losses import token_kl, topk_rest
 from minirlaif.model import GPT, KVCache, response_mask, rows_where, upcast
-from minirlaif.trainer import DAMAGED
+from minirlaif.trainer import DAMAGED, check_whole
 
 CHUNK = 1024  # predictions whose logits are held at once: 206 MB at GPT-2's vocabulary
 
@@ -111,15 +111,16 @@ def save(path, targets: Targets, responses: list, made: dict):
 def load(path, made: dict) -> tuple[Targets, list]:
     """What `save` wrote -> targets (mapped, not read) and responses. UserError: no such file of ours, or made otherwise."""
     try:
+        check_whole(path)
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         stored, responses = found["distill_targets"], found["responses"]
         targets = Targets(found["logprobs"], found["ids"])
         if sum(len(r) for r in responses if r) != len(targets.logprobs):
             raise ValueError
     except DAMAGED:
-        raise UserError(f"{path}: not a complete file of stored targets; give another --store-targets") from None
+        raise UserError(f"{path}: not a complete file of stored targets; delete it, and it is made again") from None
     for name, value in made.items():
         if stored.get(name) != value:
             detail = f"{stored.get(name)}, not {value}" if len(str(value)) < 20 else "another"
-            raise UserError(f"{path}: its {name} is {detail}; give the same again, or another --store-targets")
+            raise UserError(f"{path}: its {name} is {detail}; give the same again, or delete the file, and it is made again")
     return targets, responses

@@ -128,6 +128,13 @@ def check_finite(x, name=""):
         raise FloatingPointError(f"{name} is {x if isinstance(x, float) else x[~finite][0].item()}")
 
 
+def check_whole(file):
+    """One of DAMAGED, if the checksums in a file of torch.save do not fit: torch.load does not look, a flipped bit would pass."""
+    with zipfile.ZipFile(file) as checksums:
+        if damaged := checksums.testzip():
+            raise zipfile.BadZipFile(damaged)
+
+
 class Run:
     """A run folder: args.json, metrics.jsonl, state.pt (and state.prev.pt behind it), model.pt at the end.
 
@@ -158,6 +165,8 @@ class Run:
         begun = any((self.folder / name).exists() for name in ("state.pt", "state.prev.pt", "model.pt"))
         if (begun or stored.get("finished")) and not resume:
             raise UserError(f"{out}: holds a run already; add --resume to continue it, or give another --out")
+        if begun and not stored:
+            raise UserError(f"{out}: holds a run whose args.json is gone; give another --out")
         self.finished = bool(stored.get("finished"))
         self.info = {"args": asked, "inputs": _hashes(asked), "threads": torch.get_num_threads(), "torch": torch.__version__}
         if begun or self.finished:
@@ -206,9 +215,7 @@ class Run:
         files = [f for f in (self.state_file, self.previous_file) if f.exists()]
         for file in files:
             try:
-                with zipfile.ZipFile(file) as checksums:  # torch.load does not look at them: a flipped bit would pass
-                    if damaged := checksums.testzip():
-                        raise zipfile.BadZipFile(damaged)
+                check_whole(file)
                 saved = torch.load(file, map_location="cpu", weights_only=True)
                 state, offset = saved["state"], saved["metrics_bytes"]
             except DAMAGED as e:
@@ -258,7 +265,7 @@ class Run:
         if self.interrupted or time.monotonic() - self.saved_at >= self.save_every_s:
             self.save_state({"step": step, **make_state()})
         self.step = step
-        self._stop_if_interrupted()
+        self.stop_if_interrupted()
 
     def finish(self):
         """Mark the run as finished; --resume then has nothing to do. Removes nothing."""
@@ -267,7 +274,7 @@ class Run:
         self.info["files"] = sorted(kept)
         self._write_info()
         ddp.agree(None)  # the others go on when all is written
-        self._stop_if_interrupted()
+        self.stop_if_interrupted()
         self.close()
 
     def forget(self, *names):
@@ -299,7 +306,8 @@ class Run:
         self.interrupted = True
         print("\nstopping after this step (Ctrl-C again: at once, back to the last checkpoint)", file=sys.stderr)
 
-    def _stop_if_interrupted(self):
+    def stop_if_interrupted(self):
+        """KeyboardInterrupt if Ctrl-C was pressed: for long work before the first step, of which there is nothing to save yet."""
         if self.interrupted:
             self.close()
             raise KeyboardInterrupt
@@ -318,7 +326,7 @@ def _read_json(path):
         return {}
     except ValueError:
         content = None
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not all(isinstance(content.get(key, {}), dict) for key in ("args", "inputs")):
         raise UserError(f"{path}: not the JSON of a run; give another --out to start again")
     return content
 
@@ -347,19 +355,22 @@ def _hashes(asked):
     values = [(flag, v) for flag, value in asked.items() for v in (value if isinstance(value, list) else [value])]
     files = {}
     for flag, value in values:
-        for part in {value, *value.split(",")} if isinstance(value, str) and flag != "out" else ():
+        # stored targets say themselves where they are from, and are large
+        for part in {value, *value.split(",")} if isinstance(value, str) and flag not in ("out", "store_targets") else ():
             if name := re.sub(r"^(judge:|\w+=)|\+preamble$", "", part):
                 if flag == "constitution" or part.startswith("constitution="):
                     name = str(constitution.path_of(name))
                 files[name] = _model_file(name)
                 if flag == "reward_model" and ":" in name:  # module:function
                     files[name] = Path(name.partition(":")[0].replace(".", "/") + ".py")
-    return {name: _digest(file, file.with_name("adapter.pt")) for name, file in files.items() if file.is_file()}
+    # os.path: a long text of a flag is no file name, and pathlib would raise
+    return {name: file_hash(file) for name, file in files.items() if os.path.isfile(file)}
 
 
-def _digest(file, adapter):
-    """Of a model.pt with an adapter beside it, the hash of both: either may be what a run reads."""
-    both = file.name == "model.pt" and adapter.exists()
+def file_hash(path):
+    """Of a file, or a run folder's model; of a model.pt with an adapter beside it, of both: either may be what a run reads."""
+    file = _model_file(path)
+    both = file.name == "model.pt" and (adapter := file.with_name("adapter.pt")).exists()
     return hashlib.sha256(file.read_bytes() + (adapter.read_bytes() if both else b"")).hexdigest()[:16]
 
 
@@ -404,7 +415,7 @@ def read_model(path, kind=None):
 
 
 def _model_file(path):
-    return Path(path) / "model.pt" if Path(path).is_dir() else Path(path)
+    return Path(path) / "model.pt" if os.path.isdir(path) else Path(path)
 
 
 def load_gpt(path, device="cpu"):

@@ -186,6 +186,19 @@ def test_a_run_is_not_overwritten_by_mistake(tmp_path):
             train(args)
 
 
+def test_without_args_json_nothing_is_trained_over(tmp_path):
+    args = Args(str(tmp_path / "a"), steps=2)
+    train(args)
+    file = tmp_path / "a" / "args.json"
+    for content, part in ((None, "a: holds a run whose args.json is gone"), ('{"args": 5}', "args.json: not the JSON of a run")):
+        file.unlink() if content is None else file.write_text(content)
+        with pytest.raises(UserError, match=part):
+            train(replace(args, resume=True))
+    file.write_text('{"args": {}, "inputs": []}')
+    with pytest.raises(UserError, match="args.json: not the JSON of a run"):
+        train(replace(args, resume=True))
+
+
 def test_a_run_without_a_checkpoint_starts_again(tmp_path, uninterrupted):
     """It died before it saved anything: nothing is lost by starting anew, with other flags too, with or without --resume."""
     for resume in (False, True):
