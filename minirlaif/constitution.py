@@ -86,11 +86,11 @@ def load_few_shot(name: str) -> str:
 
     A text file, or a JSON list of strings like the paper's: dialogues that end in a revision. UserError as in `load`.
     """
-    if not name.endswith(".json"):
+    if not name.lower().endswith(".json"):
         try:
-            shots = [Path(name).read_text(encoding="utf-8")]
+            shots = [Path(name).read_text(encoding="utf-8-sig")]
         except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"{name}: cannot be read as text: {e}") from None
+            raise UserError(f"{name}: cannot be read as text: {getattr(e, 'strerror', None) or e}") from None
     else:
         shots = _read(name, Path(name), lambda raw: [_entry(i, shot) for i, shot in _numbered(raw)])
     # the conversation that follows opens with "\n\nHuman:" itself; most of the paper's examples end in it too

@@ -130,7 +130,23 @@ def read_prompts(path, on_bad_row="error"):
 
 def read_completions(path, on_bad_row="error"):
     """Rows with `prompt`, `completion` and `stopped` (default true: it ended by itself)."""
-    return read_jsonl(path, {"prompt": str, "completion": str}, on_bad_row, _with_stopped)
+    return read_jsonl(path, {}, on_bad_row, _with_completion)
+
+
+def read_examples(path, on_bad_row="error"):
+    """Rows of any of these kinds: with `completion`, as read_completions; with `text` or `segments`, or a .txt file, as
+    read_documents; any other, as read_prompts."""
+
+    def check(row):
+        if "completion" in row:
+            return _with_completion(row)
+        if "text" in row or "segments" in row:
+            return _with_segments(row)
+        if "prompt" not in row and "chosen" not in row:
+            raise BadRow("no key 'prompt', 'completion', 'text' or 'segments'")
+        return _with_prompt(row)
+
+    return read_documents(path) if _is_text(path) else read_jsonl(path, {}, on_bad_row, check)
 
 
 def read_candidates(path, on_bad_row="error"):
@@ -207,36 +223,48 @@ def read_documents(path, on_bad_row="error"):
     files (the chosen dialogue, weight 1); or from a .txt file, which is one text.
     """
 
-    def check(row):
-        if "segments" in row:
-            _require(row, "segments", list)
-            for s in row["segments"]:
-                if not (isinstance(s, list) and len(s) == 2 and isinstance(s[0], str) and type(s[1]) in (int, float)):
-                    raise BadRow("a segment should be [text, weight]")
-                if not 0 <= s[1] <= 1e6:  # NaN and infinity are neither
-                    raise BadRow("the weight of a segment should be 0 or more", f", not {s[1]:.3g}")
-        elif "completion" in row:
-            _require(row, "prompt", str)
-            _require(row, "completion", str)
-            row["segments"] = [[row["prompt"], 0.0], [row["completion"], 1.0]]
-        else:
-            key = "chosen" if _is_dialogue_pair(row) else "text"
-            if key not in row:
-                raise BadRow("no text to train on", ": a row needs 'text', or 'segments', or 'prompt' and 'completion'")
-            _require(row, key, str)
-            row["segments"] = [[row[key], 1.0]]
-        if not any(text for text, _ in row["segments"]):
-            raise BadRow("empty text")
-        return _with_stopped(row)
-
-    if not str(path).endswith(".txt"):
-        return read_jsonl(path, {}, on_bad_row, check)
+    if not _is_text(path):
+        return read_jsonl(path, {}, on_bad_row, _with_segments)
     try:
-        return [check(Row({"text": _read_bytes(path).decode("utf-8")}, f"{path}:1"))]
+        return [_with_segments(Row({"text": _read_bytes(path).decode("utf-8-sig")}, f"{path}:1"))]
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8 (byte {e.start + 1})") from None
     except BadRow:
         raise UserError(f"{path}: the file is empty") from None
+
+
+def _is_text(path):
+    return str(path).lower().endswith(".txt")
+
+
+def _with_segments(row):
+    """`segments`, from a row of read_documents."""
+    if "segments" in row:
+        _require(row, "segments", list)
+        for s in row["segments"]:
+            if not (isinstance(s, list) and len(s) == 2 and isinstance(s[0], str) and type(s[1]) in (int, float)):
+                raise BadRow("a segment should be [text, weight]")
+            if not 0 <= s[1] <= 1e6:  # NaN and infinity are neither
+                raise BadRow("the weight of a segment should be 0 or more", f", not {s[1]:.3g}")
+    elif "completion" in row:
+        _require(row, "prompt", str)
+        _require(row, "completion", str)
+        row["segments"] = [[row["prompt"], 0.0], [row["completion"], 1.0]]
+    else:
+        key = "chosen" if _is_dialogue_pair(row) else "text"
+        if key not in row:
+            raise BadRow("no text to train on", ": a row needs 'text', or 'segments', or 'prompt' and 'completion'")
+        _require(row, key, str)
+        row["segments"] = [[row[key], 1.0]]
+    if not any(text for text, _ in row["segments"]):
+        raise BadRow("empty text")
+    return _with_stopped(row)
+
+
+def _with_completion(row):
+    _require(row, "prompt", str)
+    _require(row, "completion", str)
+    return _with_stopped(row)
 
 
 def _with_stopped(row):

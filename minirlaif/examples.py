@@ -1,6 +1,7 @@
 """What is distilled on: examples from files of prompts, completions and texts, and the order in which a mixture is seen.
 
-Askell et al. 2021 distil on one half of dialogues and one half of pretraining text, each text put after a new "Human:".
+The paper's mixture (as Bai et al. 2022, appendix A.1, restate it) is one half dialogues and one half pretraining text, each
+text put after a new "Human:".
 """
 
 from typing import NamedTuple
@@ -8,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from minirlaif import data, text, trainer
+from minirlaif.cli import UserError
 
 TURN = "\n\nHuman:"
 
@@ -20,40 +22,52 @@ class Example(NamedTuple):
 
 
 def load(path: str, number: int, context: str, tokenizer, rooms, max_new_tokens: int, on_bad_row="error") -> list[Example]:
-    """The examples of a file of prompts, completions, or texts and documents, as its first row shows; number: the file's.
+    """The examples of a file, whose rows are prompts, completions, or texts and documents, in any mixture; number: the file's.
 
     context: C; rooms: block_size of teacher and student. A text goes after "\\n\\nHuman:" (not twice), cut into as many examples
-    as its length needs. UserError: a row cannot be used, as everywhere.
+    as its length needs. UserError: a row cannot be used, as everywhere; or C leaves no room for what is to follow it.
     """
+    c = len(tokenizer.encode(context))
 
-    def contexts(prompt, length):
-        found = tokenizer.encode(text.with_preamble(context, prompt)), tokenizer.encode(prompt)
-        for ids, room in zip(found, rooms, strict=True):
-            data.check_length(len(ids), length, room)
-        return found
+    def contexts(prompt, length, what):
+        seen, unseen = tokenizer.encode(text.with_preamble(context, prompt)), tokenizer.encode(prompt)
+        if len(seen) + length > rooms[0] or len(unseen) + length > rooms[1]:
+            detail = f": {c} tokens of C, {len(unseen)} of the prompt, {length} of {what}; the teacher holds {rooms[0]}"
+            raise data.BadRow("longer than the model's context", f"{detail}, the student {rooms[1]}")
+        return seen, unseen
 
-    def prompted(row):
-        return [Example(*contexts(row["prompt"], max_new_tokens), None, number)]
+    def check_c(length, what):
+        if c + length >= rooms[0]:  # no row would fit
+            raise UserError(f"C is too long: {c} tokens and {length} of {what}; the teacher holds {rooms[0]}, prompt and all")
 
-    def completed(row):
-        response = tokenizer.encode(row["completion"]) + [tokenizer.eot] * row["stopped"]
-        if not response:
-            raise data.BadRow("empty completion")
-        return [Example(*contexts(row["prompt"], len(response)), response, number)]
-
-    def plain(row):
+    def convert(row):
+        if "completion" in row:
+            response = tokenizer.encode(row["completion"]) + [tokenizer.eot] * row["stopped"]
+            if not row["completion"]:
+                raise data.BadRow("empty completion")
+            return [Example(*contexts(row["prompt"], len(response), "the completion"), response, number)]
+        if "segments" not in row:
+            data.check_room(max_new_tokens, min(rooms))
+            check_c(max_new_tokens, answer := "the answer (--max-new-tokens)")
+            return [Example(*contexts(row["prompt"], max_new_tokens, answer), None, number)]
+        check_c(1, "text")
         words = "".join(piece for piece, _ in row["segments"]).removeprefix(TURN)
         ids = tokenizer.encode(words if words[:1].isspace() else f" {words}") + [tokenizer.eot] * row["stopped"]
-        seen, unseen = contexts(TURN, 1)
+        seen, unseen = contexts(TURN, 1, "text")
         room = min(rooms[0] - len(seen), rooms[1] - len(unseen))
         return [Example(seen, unseen, ids[i : i + room], number) for i in range(0, len(ids), room)]
 
-    first = {"text": ""} if path.endswith(".txt") else data.read_jsonl(path, on_bad_row=on_bad_row)[0]
-    if "completion" in first:
-        read, encode = data.read_completions, completed
-    else:
-        read, encode = (data.read_documents, plain) if {"text", "segments"} & {*first} else (data.read_prompts, prompted)
-    return [e for found in data.convert(read(path, on_bad_row), encode, on_bad_row) for e in found]
+    rows = data.read_examples(path, on_bad_row)
+    return [e for found in data.convert(rows, convert, on_bad_row) for e in found]
+
+
+def by_tokens(weights: list[float], rows: list[Example]) -> list[float]:
+    """Weights of the files as shares of the response tokens, of which the loss is a mean -> as shares of the examples."""
+    found = []
+    for number, weight in enumerate(weights):
+        lengths = [len(e.response) for e in rows if e.file == number]
+        found.append(weight / max(weights) * len(lengths) / sum(lengths))
+    return found
 
 
 def epoch_order(files: list[int], weights: list[float], seed: int, epoch: int) -> list[int]:

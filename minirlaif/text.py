@@ -14,7 +14,9 @@ def dialogue(request: str, preamble: str = "") -> str:
 
 
 def with_preamble(preamble: str, prompt: str) -> str:
-    return f"{preamble}{prompt}"
+    """The prompt behind a preamble, or any other context; a blank line stands between them if neither has brought white space."""
+    gap = "" if not preamble or preamble[-1].isspace() or prompt[:1].isspace() else "\n\n"
+    return f"{preamble}{gap}{prompt}"
 
 
 def critique_request(prompt: str, response: str, critique: str) -> str:
