@@ -8,8 +8,8 @@ tokens and one bucket for all others. The request then costs no more than itself
     python distill.py --model runs/my/base --data prompts.jsonl --out runs/my/distilled
     python distill.py --model runs/my/base --data prompts.jsonl book.txt --weights 1 1 --out runs/my/distilled  # half and half
 
-Each row of --data is one of: a prompt, which the teacher answers; a prompt and its completion; a text or document, which
-is put after a new "Human:" (the paper's plain half: what C does where nobody has asked anything).
+Each row of --data is one of: a `prompt` ("\\n\\nHuman: ...\\n\\nAssistant:"), which the teacher answers; it and its `completion`;
+a `text` or document, also a .txt file, which is put after a new "Human:" (the paper's plain half: nobody has asked anything).
 Left out: hidden-state losses, and new answers as the student changes (on-policy distillation).
 """
 
@@ -35,16 +35,16 @@ from minirlaif.sampling import generate
 @dataclass
 class Args:
     model: str = cli.arg(help="start of the student, and the teacher's weights: run folder or model file")
-    data: list[str] = cli.arg(help="prompts (the teacher answers), completions, texts, documents, HH-RLHF files; one or several")
+    data: list[str] = cli.arg(help="prompts (the teacher answers), completions, texts, documents, HH-RLHF files; one or more")
     out: str = cli.arg(help="run folder to write")
-    weights: list[float] = cli.arg([], "each file's share of the examples, in any unit; default: every row once an epoch")
+    weights: list[float] = cli.arg([], "each file's share of the response tokens, in any unit; default: each row once an epoch")
     eval_data: str | None = cli.arg(None, "rows for the KL before, during and after; default: a tenth of each file, held out")
     teacher: str | None = cli.arg(None, "another model of the same vocabulary as the teacher, frozen; default: --model")
-    preamble: str | None = cli.arg(None, "C is this text; default: the preamble of --constitution")
+    preamble: str | None = cli.arg(None, "C is this text; '' with --teacher: none; default: the --constitution's", empty=True)
     context: str | None = cli.arg(None, "C is this file (after --preamble): few-shot dialogues as text or a JSON list of them")
     constitution: str = cli.arg("toy", "C is the preamble of a bundled constitution, by name, or of a file")
-    principles: bool = cli.arg(False, "C is the whole of --constitution: its preamble and then its principles, one a line")
-    limit: int | None = cli.arg(None, "use the first so many examples of each file")
+    principles: bool = cli.arg(False, "C is the --constitution's preamble, and then what it tells judges (else revisers)")
+    limit: int | None = cli.arg(None, "use the first so many examples of each file of --data")
     direction: str = cli.arg("forward", "KL(teacher || student) covers, reverse seeks a mode", choices=["forward", "reverse"])
     top_k: int | None = cli.arg(None, "teacher's tokens kept, 10-100, and one bucket; 0: all; none: 50 from 10,000 tokens up")
     temperature: float = cli.arg(1.0, "softens both sides of the loss, 1-4; the loss is times its square")
@@ -71,6 +71,8 @@ def context_of(args: Args) -> str:
     given = args.preamble is not None or args.context
     if args.principles and given:
         raise cli.UserError("--principles shows the whole --constitution; it cannot go with --preamble or --context")
+    if given and args.constitution != Args.constitution:
+        raise cli.UserError("--constitution: C is what --preamble and --context give; leave it out, or these")
     if given:
         found = (args.preamble or "") + (constitution.load_few_shot(args.context) if args.context else "")
     else:
@@ -122,14 +124,19 @@ def total_kl(models: Models, batch: list[Example], target, direction="forward", 
 
 
 @torch.no_grad()
-def held_out_kl(models: Models, test: list[Example]) -> float:
-    """KL(teacher || student) over the whole vocabulary at temperature 1, whatever the loss is; nats a token."""
-    total = count = 0
-    for batch in (test[i : i + 64] for i in range(0, len(test), 64)):
-        with models.precision:
-            total += float(total_kl(models, batch, target_of(models, batch, 0, 1.0)))
-        count += sum(len(e.response) for e in batch)
-    return total / count
+def held_out_kl(models: Models, test: list[Example], weights: list[float]) -> float:
+    """KL(teacher || student) over the whole vocabulary at temperature 1, whatever the loss is; nats a token. With weights, the
+    files' means are weighed as the loss weighs the files."""
+    means, counts = [], []
+    for file in sorted({e.file for e in test}):
+        rows, total = [e for e in test if e.file == file], 0.0
+        for batch in (rows[i : i + 64] for i in range(0, len(rows), 64)):
+            with models.precision:
+                total += float(total_kl(models, batch, target_of(models, batch, 0, 1.0)))
+        counts.append(sum(len(e.response) for e in rows))
+        means.append(total / counts[-1])
+    shares = weights if len(weights) == len(counts) else counts  # of --eval-data, which is one file, there is one mean
+    return sum(share * mean for share, mean in zip(shares, means, strict=True)) / sum(shares)
 
 
 # ---- examples and answers -------------------------------------------------------------------------------------------
@@ -139,25 +146,26 @@ def load_examples(args: Args, context: str, tokenizer, rooms) -> tuple[list[Exam
     """--data as (train, held out): --eval-data is held out, or else the first tenth of each file."""
 
     def load(path, number):
-        return examples.load(path, number, context, tokenizer, rooms, args.max_new_tokens, args.on_bad_row)[: args.limit]
+        return examples.load(path, number, context, tokenizer, rooms, args.max_new_tokens, args.on_bad_row)
 
-    files = [load(path, i) for i, path in enumerate(args.data)]
+    files = [load(path, i)[: args.limit] for i, path in enumerate(args.data)]
     if args.eval_data:
         return [e for rows in files for e in rows], load(args.eval_data, 0)[:HELD_OUT]
     train, held_out = [], []
     for path, rows in zip(args.data, files, strict=True):
         if len(rows) == 1:
-            raise cli.UserError(f"{path}: too few rows to hold some out; give --eval-data")
-        cut = max(1, len(rows) // 10)
-        held_out += rows[: min(cut, HELD_OUT // len(files))]
+            raise cli.UserError(f"{path}: one example cannot be learnt and held out; give --eval-data, or a larger --limit")
+        cut = min(max(1, len(rows) // 10), max(1, HELD_OUT // len(files)))
+        held_out += rows[:cut]
         train += rows[cut:]
     return train, held_out
 
 
-def sample(models: Models, model, rows: list[Example], args: Args, key) -> list[tuple[list[int], bool]]:
-    """A model's answer to each example: ids without end-of-text, and whether it ended."""
-    out = []
-    for i in range(0, len(rows), 128):
+def sample(models: Models, model, rows: list[Example], args: Args, key, pause=lambda: None) -> list[tuple[list[int], bool]]:
+    """A model's answer to each example: ids without end-of-text, and whether it ended. pause: called between batches."""
+    out, parts = [], range(0, len(rows), 128)
+    for i in tqdm(parts, f"{key}: answers", disable=len(parts) < 3 or ddp.rank() > 0):
+        pause()
         contexts = [models.context(model, e) for e in rows[i : i + 128]]
         seed = trainer.rng(args.seed, key, i).initial_seed()
         with models.precision:
@@ -166,9 +174,9 @@ def sample(models: Models, model, rows: list[Example], args: Args, key) -> list[
     return out
 
 
-def respond(models: Models, rows: list[Example], args: Args, key) -> list[list[int] | None]:
+def respond(models: Models, rows: list[Example], args: Args, key, pause) -> list[list[int] | None]:
     """The response of each example, the teacher's where there was none; None for an answer that was cut off."""
-    answers = iter(sample(models, models.teacher, [e for e in rows if e.response is None], args, key))
+    answers = iter(sample(models, models.teacher, [e for e in rows if e.response is None], args, key, pause))
     found = (next(answers) if e.response is None else (e.response, None) for e in rows)
     return [ids if stopped is None else ids + [models.eot] if stopped else None for ids, stopped in found]
 
@@ -210,10 +218,6 @@ def main(args: Args) -> dict:
     teacher = trainer.load_gpt(args.teacher, device).requires_grad_(False) if args.teacher else base
     top_k = (0 if tokenizer.n_vocab < MANY_TOKENS else 50) if args.top_k is None else args.top_k
     rooms = teacher.config.block_size, student.config.block_size
-    data.check_room(args.max_new_tokens, min(rooms))
-    if (n := len(tokenizer.encode(context))) + args.max_new_tokens >= rooms[0]:
-        total = f"{n} tokens and --max-new-tokens {args.max_new_tokens}"
-        raise cli.UserError(f"C is too long: {total}; the teacher holds {rooms[0]}, prompt and all; shorten one of the two")
     train, held_out = load_examples(args, context, tokenizer, rooms)
 
     with trainer.Run(args.out, args, args.resume) as run:
@@ -226,17 +230,23 @@ def main(args: Args) -> dict:
         models = Models(student, teacher, root, tokenizer.eot, precision)
         state = run.load_state()
 
+        pause = run.stop_if_interrupted  # on Ctrl-C, while there is nothing to save
+
         # 1. The teacher answers where there is no response yet; with --store-targets, its log-probs are kept beside it
         stored, file = None, Path(args.store_targets) if args.store_targets else None
-        origin = repr((run.info["inputs"][args.teacher or args.model], train, args.seed, args.max_new_tokens))
-        made = {"--temperature": args.temperature, "--top-k": top_k}
-        made["origin (teacher, C, data, --seed, --max-new-tokens)"] = hashlib.sha256(origin.encode()).hexdigest()
-        if file and not file.parent.is_dir():  # said before the answers are sampled, not after
-            raise cli.UserError(f"--store-targets {file}: there is no folder {file.parent}")
+        if file:
+            if not file.parent.is_dir():  # said before the answers are sampled, not after
+                raise cli.UserError(f"--store-targets {file}: there is no folder {file.parent}")
+            made = {"--temperature": args.temperature, "--top-k": top_k}
+            origin = repr((trainer.file_hash(args.teacher or args.model), context, args.seed, args.max_new_tokens))
+            origin = hashlib.sha256(origin.encode())
+            for e in train:
+                origin.update(repr((e.unseen, e.response)).encode())
+            made["origin (teacher, C, data, --seed, --max-new-tokens)"] = origin.hexdigest()
         if ddp.agree(bool(file and file.exists())):
             stored, responses = targets.load(file, made)
         else:
-            responses = state["responses"] if state else ddp.agree(respond(models, train, args, "train"))
+            responses = state["responses"] if state else ddp.agree(respond(models, train, args, "train", pause))
         rows = filled(train, responses)
         if file and rows and not stored:
             with precision:
@@ -246,21 +256,25 @@ def main(args: Args) -> dict:
             ddp.agree(None)  # it is there
             stored, _ = targets.load(file, made)
         start = [0, *accumulate(len(e.response) for e in rows)]  # of each row's tokens among the stored targets
-        test_responses = state["test_responses"] if state else ddp.agree(respond(models, held_out, args, "test"))
+        test_responses = state["test_responses"] if state else ddp.agree(respond(models, held_out, args, "test", pause))
         test = filled(held_out, test_responses)
-        for number, path in enumerate(args.data):
-            if not test or not any(e.file == number for e in rows):
-                raise cli.UserError(f"{path}: no answer ended within --max-new-tokens {args.max_new_tokens}")
+        used = {e.file for e in rows}
+        if left := [path for number, path in enumerate(args.data) if number not in used]:
+            raise cli.UserError(f"{left[0]}: no answer of the teacher ended within --max-new-tokens {args.max_new_tokens}")
+        if not test:
+            where = args.eval_data or "what is held out"
+            raise cli.UserError(f"{where}: no answer of the teacher ended within --max-new-tokens {args.max_new_tokens}")
 
         # 2. How far the student is from the teacher before
-        prompts = [e for e in held_out if e.response is None]
+        prompts = [e for e in held_out if e.unseen != tokenizer.encode(examples.TURN)]  # no plain text, and room for an answer
+        prompts = [e for e in prompts if max(len(e.seen) - rooms[0], len(e.unseen) - rooms[1]) + args.max_new_tokens <= 0]
         asked = [e for e in prompts if world.parse_request(tokenizer.decode(e.unseen))][:ASKED] or prompts[:SHOWN]
         if state:
             student.load_state_dict(state["student"])
             optimizer.load_state_dict(state["optimizer"])
             first, before, said = state["step"], state["before"], state["said"]
         else:
-            first, before = 0, held_out_kl(models, test)
+            first, before = 0, held_out_kl(models, test, args.weights)
             said = {"prompted": answers_of(models, teacher, asked, args, tokenizer)}
             said["before"] = answers_of(models, student, asked, args, tokenizer)
 
@@ -268,10 +282,13 @@ def main(args: Args) -> dict:
             weights = {"student": student.state_dict(), "optimizer": optimizer.state_dict()}
             return {**weights, "responses": responses, "test_responses": test_responses, "before": before, "said": said}
 
+        if not state:
+            run.save_state({"step": 0, **make_state()})  # the answers are what takes long
+
         # 3. Train: at each step the teacher's prediction of each token, and the student's without C
-        batches = []
+        batches, weights = [], examples.by_tokens(args.weights, rows)
         for epoch in range(args.epochs):
-            order = examples.epoch_order([e.file for e in rows], args.weights, args.seed, epoch)
+            order = examples.epoch_order([e.file for e in rows], weights, args.seed, epoch)
             batches += [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
         quarters = {len(batches) * i // 4 for i in (1, 2, 3)} - {0}
         started, tokens_seen = time.monotonic(), 0
@@ -280,7 +297,7 @@ def main(args: Args) -> dict:
             val = {"val/kl": before} if step == 0 else {}
             if step in quarters:
                 began = time.monotonic()
-                val = {"val/kl": held_out_kl(models, test)}
+                val = {"val/kl": held_out_kl(models, test, args.weights)}
                 started += time.monotonic() - began  # no part of the speed
             lr = args.lr * trainer.lr_at(step, len(batches), WARMUP, "linear")
             for group in optimizer.param_groups:
@@ -311,7 +328,7 @@ def main(args: Args) -> dict:
             run.end_step(step + 1, make_state)
 
         # 4. And after
-        after, cut_off = held_out_kl(models, test), len(train) - len(rows)
+        after, cut_off = held_out_kl(models, test, args.weights), len(train) - len(rows)
         said["after"] = answers_of(models, student, asked, args, tokenizer)
         gold = {f"{what}_{name}": v for name, answers in said.items() for what, v in gold_means(answers).items()}
         saved = sum(len(e.seen) - len(e.unseen) for e in held_out) / len(held_out)

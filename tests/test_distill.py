@@ -364,7 +364,7 @@ LONG = [{"prompt": PROMPT}, {"prompt": "\n\nHuman: " + "bike " * 250 + "\n\nAssi
 @pytest.mark.parametrize("rows, flags, part", [
     (LONG[:1], dict(model="no/model"), "no/model: no such model file or run folder"),
     (LONG, {}, "data.jsonl:2: longer than the model's context"),
-    (LONG[:1], {}, "data.jsonl: too few rows to hold some out; give --eval-data"),
+    (LONG[:1], {}, "data.jsonl: one example cannot be learnt and held out; give --eval-data"),
     ([{"prompt": PROMPT, "completion": "", "stopped": False}], {}, "data.jsonl:1: empty completion"),
     (LONG[:1], dict(preamble=""), "--preamble: is empty"),
     (LONG[:1], dict(lr=float("nan")), "--lr nan: must be 0 or more"),
