@@ -8,7 +8,7 @@ better than no intervention, and the gap grows with size; small models pay a tax
 toy constitution, the largest size is the base of a finished demo.py, and the smaller ones saw the same documents. On each:
 
     distilled              distill.py as the demo has it, on 1,500 prompts that the teacher answers
-    distilled, half plain  as many examples, half prompts and half pretraining text after "Human:": the paper's mixture
+    distilled, half plain  the same prompts, and as many tokens of pretraining text after "Human:": the paper's mixture
     fine-tuned on C        next-token training on C itself, in as many steps and at the same rate (1e-3); "gently": at 1e-4
 
 The requests are held out: their phrasings stand in no text. What a preamble does with a thing that its text has shown under one
@@ -45,6 +45,7 @@ ARMS = {
     "tuned_gently": "fine-tuned on C, gently",
 }
 BETWEEN = [("distilled", "prompted"), ("distilled", "tuned"), ("half_plain", "distilled")]
+NEAR = 0.05  # this near to its teacher a student counts as the same (as in counting.py)
 HARMLESSNESS, HELPFULNESS, PLAIN, ROLES = "harmlessness", "helpfulness", "loss on plain text", "loss on judging and critique"
 
 
@@ -99,9 +100,10 @@ def train_sizes(run: str, out: str, scale: Scale):
 def interventions(run: str, base: str, out: str, files: dict[str, str], scale: Scale) -> dict[str, str]:
     """{arm: its policy as evaluate.py names it}; what is a model of its own is trained in `out`."""
     shared, trained = demo_flags(run), {arm: f"{out}/{arm}" for arm in ARMS if arm not in ("none", "prompted")}
-    half = dict(data=[files["asked"], files["plain"]], weights=[1.0, 1.0], limit=scale.examples // 2)
-    for arm, kind in (("distilled", dict(data=[files["asked"]], limit=scale.examples)), ("half_plain", half)):
-        distill.main(distill.Args(model=base, out=trained[arm], eval_data=files["held out"], **kind, **shared))
+    half = dict(data=[files["asked"], files["plain"]], weights=[1.0, 1.0])
+    for arm, kind in (("distilled", dict(data=[files["asked"]])), ("half_plain", half)):
+        kind |= dict(eval_data=files["held out"], limit=scale.examples)
+        distill.main(distill.Args(model=base, out=trained[arm], **kind, **shared))
     steps = -(-scale.examples // distill.Args.batch_size)
     for arm, lr in (("tuned", distill.Args.lr), ("tuned_gently", distill.Args.lr / 10)):
         tuning = dict(epochs=steps, lr=lr, warmup=distill.WARMUP, eval_fraction=0.0)  # C is one text: a step an epoch
@@ -202,6 +204,12 @@ def told(columns: dict, digits=3) -> tuple[int, str]:
     return where, f"{common.shown(columns[common.ALL], digits)}, {alone.count(where)} of {len(alone)} runs alone"
 
 
+def near(columns: dict) -> bool:
+    """Whether the whole interval of a difference, all runs together, is nearer to 0 than NEAR."""
+    low, high = columns[common.ALL]["ci"] or (-1, 1)
+    return low > -NEAR and high < NEAR
+
+
 def experiment(name: str, run: str, args: Args, scale: Scale) -> dict:
     """One seed: {size, from small to large: {"parameters", "samples": {arm: rows}, "losses": {kind: {arm: values}}, ...}}."""
     out = f"{args.out}/{name}"
@@ -211,7 +219,8 @@ def experiment(name: str, run: str, args: Args, scale: Scale) -> dict:
     config = trainer.read_model(f"{run}/base")["config"]
     bases[f"{config['n_layer']} x {config['n_embd']}"] = f"{run}/base"
     asked, held_out = data.read_jsonl(f"{run}/world/prompts.jsonl"), data.read_jsonl(f"{run}/world/heldout.jsonl")
-    documents = data.read_jsonl(f"{run}/world/documents.jsonl")[: scale.examples // 2]
+    # a document is four to five times as long as an answer, so this many are enough for half of the tokens
+    documents = data.read_jsonl(f"{run}/world/documents.jsonl")[: scale.examples // 4]
     files = {
         "asked": f"{run}/world/prompts.jsonl",
         "plain": written(f"{out}/plain.jsonl", documents),
@@ -274,11 +283,12 @@ def verdicts(found: dict) -> list[str]:
     themselves what all of them show together stands behind each figure."""
 
     def line(measure, a, b, words):
-        """words: what it means that a - b is, at every size, 1: above 0, -1: below, 0: not told from 0."""
-        differences = {size: told(of[f"{a} - {b}"]) for size, of in found[measure]["sizes"].items()}
-        sides = {side for side, _ in differences.values()}
+        """words: what it means that a - b is, at every size, 1: above 0, -1: below, 0: not told from 0; perhaps "near": the
+        whole interval is nearer to 0 than NEAR, whatever the rest."""
+        differences = {size: of[f"{a} - {b}"] for size, of in found[measure]["sizes"].items()}
+        sides = {"near" if "near" in words and near(columns) else told(columns)[0] for columns in differences.values()}
         said = words[sides.pop()] if len(sides) == 1 else "it depends on the size"
-        numbers = "; ".join(f"{size}: {figures}" for size, (_, figures) in differences.items())
+        numbers = "; ".join(f"{size}: {told(columns)[1]}" for size, columns in differences.items())
         return f"- {measure}, {ARMS[a]} - {ARMS[b]}: {said} ({numbers})."
 
     def growth(measure, arm, words):
@@ -288,7 +298,8 @@ def verdicts(found: dict) -> list[str]:
     gap = {1: "the gap grows with size, as in the paper", 0: "no growth of the gap is shown, unlike in the paper"}
     gap[-1] = "the gap shrinks with size, unlike in the paper"
     better = {1: "better, as in the paper", 0: "no difference is shown, unlike in the paper", -1: "worse, unlike in the paper"}
-    same = {1: "better than its teacher", 0: "no difference is shown, as in the paper", -1: "worse than its teacher"}
+    same = {1: "better than its teacher", 0: "not told from its teacher", -1: "worse than its teacher"}
+    same["near"] = "about as good as its teacher, as in the paper"
     helps = {1: "it helps", 0: "it changes nothing that shows", -1: "it hurts"}
     tax = {1: "a tax", 0: "no tax is shown", -1: "a gain"}
     lines = []
@@ -302,7 +313,9 @@ def verdicts(found: dict) -> list[str]:
         taxed = {1: "the tax grows with size", 0: "no change of the tax with size is shown", -1: "the tax falls with size"}
         lines += [growth(measure, arm, taxed) for arm in ("prompted", "distilled", "half_plain")]
     for measure in ("complies, left out", "complies, unseen", "wording, left out"):
-        carried = {1: "more than its teacher", 0: "carried over from the teacher", -1: "less than its teacher"}
+        carried = {1: "more than its teacher", 0: "not told from its teacher", -1: "less than its teacher"}
+        if all(told(of["prompted - none"])[0] == -1 for of in found[measure]["sizes"].values()):  # there is something to carry
+            carried["near"] = "carried over from the teacher"
         lines += [line(measure, "prompted", "none", {1: "more", 0: "not told from the base", -1: "the preamble reaches it"})]
         lines += [line(measure, "distilled", "prompted", carried)]
     return lines

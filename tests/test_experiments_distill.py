@@ -100,9 +100,9 @@ def test_each_arm_gets_what_it_is_named_after(run, hhh):
         folder = hhh[0] / "first" / size
         distilled, half, tuned, gently = (flags(folder / arm) for arm in ("distilled", "half_plain", "tuned", "tuned_gently"))
         assert {f["model"] for f in (distilled, half)} == {f["init"] for f in (tuned, gently)} == {base}
-        assert distilled["data"] == [f"{run}/world/prompts.jsonl"] and distilled["limit"] == 16 == 2 * half["limit"]
+        assert distilled["data"] == [f"{run}/world/prompts.jsonl"] and distilled["limit"] == 16 == half["limit"]
         assert half["data"][0] == distilled["data"][0] and half["weights"] == [1, 1]
-        assert rows_of(half["data"][1]) == rows_of(f"{run}/world/documents.jsonl")[:8]
+        assert rows_of(half["data"][1]) == rows_of(f"{run}/world/documents.jsonl")[:4]
         assert rows_of(tuned["data"][0]) == [{"text": C}] and tuned["lr"] == 10 * gently["lr"] == distilled["lr"]
         assert len([r for r in rows_of(folder / "distilled" / "metrics.jsonl") if "loss/kl" in r]) == tuned["epochs"] == 1
         shown = flags(folder / "evaluate")["policies"]
@@ -111,6 +111,16 @@ def test_each_arm_gets_what_it_is_named_after(run, hhh):
     prompts = rows_of(hhh[0] / "first" / "prompts.jsonl")
     held_out, asked = rows_of(f"{run}/world/heldout.jsonl"), rows_of(f"{run}/world/prompts.jsonl")
     assert prompts == held_out[:12] + asked[-4:] and not any(row in asked[:16] for row in prompts)
+
+
+def test_c_is_trained_on_for_as_many_steps_as_distillation_takes(run, monkeypatch):
+    asked = []
+    for script in (distill, pretrain):
+        monkeypatch.setattr(script, "main", asked.append)
+    distill_hhh.interventions(run, "base", "out", dict.fromkeys(("asked", "plain", "C", "held out"), "file"), distill_hhh.Scale())
+    distilled, half, tuned, gently = asked
+    assert (distilled.limit, half.limit, distilled.epochs, distilled.batch_size) == (1500, 1500, 1, 32)
+    assert tuned.epochs == gently.epochs == 47 and (tuned.lr, gently.lr) == (1e-3, 1e-4) and tuned.init == "base"
 
 
 def test_the_figures_are_those_of_the_samples(hhh):
@@ -218,7 +228,8 @@ def test_what_disagrees_with_the_paper_is_said():
     names = [f"{a} - none" for a in distill_hhh.ARMS] + [f"{a} - {b}" for a, b in distill_hhh.BETWEEN]
 
     def measure(side, growth, **changes):
-        sizes = {size: {name: side for name in names} | {"distilled - prompted": LEVEL} for size in ("s", "l")}
+        same = LEVEL if side == LEVEL else columns(-0.01, -0.02, -0.001)  # nearer than NEAR, though not 0
+        sizes = {size: {name: side for name in names} | {"distilled - prompted": same} for size in ("s", "l")}
         for name, (small, large) in changes.items():
             sizes["s"][f"{name} - none"], sizes["l"][f"{name} - none"] = small, large
         return {"sizes": sizes, "growth": dict.fromkeys(distill_hhh.ARMS, growth)}
@@ -233,7 +244,8 @@ def test_what_disagrees_with_the_paper_is_said():
     assert {
         "harmlessness, prompted - no intervention: better, as in the paper",
         "harmlessness, distilled - no intervention: it depends on the size",
-        "harmlessness, distilled - prompted: no difference is shown, as in the paper",
+        "harmlessness, distilled - prompted: about as good as its teacher, as in the paper",
+        "helpfulness, distilled - prompted: not told from its teacher",
         "harmlessness, fine-tuned on C - no intervention: it hurts",
         "harmlessness, distilled: the gap grows with size, as in the paper",
         "helpfulness, prompted - no intervention: no difference is shown, unlike in the paper",
