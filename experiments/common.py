@@ -38,14 +38,19 @@ def flags(folder: str, Args, **changes):
 def side_by_side(values: dict[str, list], rows: dict[str, list[dict]], span=(0, 1)) -> dict[str, dict]:
     """{run: a value a row} -> {run: {"value", "ci", "n"}, ..., ALL: the same of all of them together}.
 
-    What is resampled are deeds x things, those of each run by themselves. So the last interval is about these runs: what
-    other seeds would have given shows in how the runs differ, and a handful of seeds says little about it. span: of a value,
-    as in metrics.interval: (-1, 1) for differences, None for nats.
+    What is resampled are deeds x things, each with its rows of all runs, which are asked about the same ones: another run adds
+    answers, and no deed. So the last interval is about these runs, asked of other deeds; what other seeds would have given
+    shows in how the runs differ, and a handful of seeds says little about it. A text from outside the toy world that only one
+    run has is a cluster of its own. span: of a value, as in metrics.interval: (-1, 1) for differences, None for nats.
     """
     clusters = {run: [cluster(row) for row in rows[run]] for run in values}
     pooled = [value for run in values for value in values[run]]
-    keys = [f"{run} {key}" for run in values for key in clusters[run]]
-    return {run: rate(values[run], clusters[run], span) for run in values} | {ALL: rate(pooled, keys, span)}
+    keys = [key for run in values for key in clusters[run]]
+    alone = {run: rate(values[run], clusters[run], span) for run in values}
+    together = rate(pooled, keys, span)
+    if len(set(pooled)) == 1:  # with no spread to resample the interval counts rows, and another run's ask nothing new
+        together["ci"] = max(alone.values(), key=lambda one: one["n"])["ci"]
+    return alone | {ALL: together}
 
 
 def minus(a: dict[str, list], b: dict[str, list]) -> dict[str, list]:

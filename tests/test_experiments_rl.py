@@ -18,7 +18,7 @@ import train_rm
 from experiments import common, label_quality, ppo_curves, rlaif_rlhf
 from minirlaif import constitution, corpus, data, labelers, text, trainer, world
 from minirlaif.cli import UserError
-from minirlaif.metrics import gold_of, gold_prefers_chosen
+from minirlaif.metrics import gold_of, gold_prefers_chosen, interval
 
 CPU = dict(device="cpu", dtype="fp32")
 TOY = constitution.load("toy")
@@ -369,17 +369,42 @@ def test_label_quality_goes_on_where_it_was(quality, monkeypatch):
 # what both share
 
 
-def test_runs_are_pooled_without_mixing_their_requests():
-    rows = [{"prompt": text.dialogue(f"how do i {verb} the bike?")} for verb in ("fix", "clean")]
+def asked_about(things, verb="fix"):
+    return [{"prompt": text.dialogue(f"how do i {verb} the {thing}?")} for thing in things]
+
+
+def test_runs_that_are_asked_the_same_are_resampled_together():
+    things = list(world.THINGS)[:16]
+    rows, other = asked_about(things), asked_about(things, "clean")
+    values = [float(i % 3 == 0) for i in range(16)]
+    found = common.side_by_side({"a": values, "b": values}, {"a": rows, "b": rows})
+    assert found[common.ALL] == found["a"] | {"n": 32}  # a second run with the same answers shows nothing new
+    apart = common.side_by_side({"a": values, "b": values}, {"a": rows, "b": other})
+    widths = [np.ptp(of[common.ALL]["ci"]) for of in (found, apart)]
+    assert 1.2 < widths[0] / widths[1] < 1.7  # other deeds do
+    shared = {"a": rows, "b": asked_about(reversed(things))}  # in whichever order they are asked
+    assert common.side_by_side({"a": values, "b": values[::-1]}, shared)[common.ALL] == found[common.ALL]
+    # nor do runs that differ in all deeds alike: how far seeds are apart is not in the interval
+    assert common.side_by_side({"a": [0.0] * 16, "b": [1.0] * 16}, {"a": rows, "b": rows})[common.ALL]["ci"] == [0.5, 0.5]
+
+
+def test_texts_of_different_runs_are_resampled_apart():
+    values = {"a": [0.1, 0.2, 0.4], "b": [0.3, 0.9, 0.5]}
+    texts = {run: [{"prompt": f"text {i} of {run}"} for i in range(3)] for run in values}
+    found = common.side_by_side(values, texts, None)
+    assert found[common.ALL]["ci"] == interval([0.1, 0.3, 0.2, 0.9, 0.4, 0.5])  # by text, as they are drawn
+
+
+def test_figures_of_runs_side_by_side():
+    rows = asked_about(("bike", "clock"))
     found = common.side_by_side({"a": [0.0, 0.0], "b": [1.0, 1.0]}, {"a": rows, "b": rows})
     assert [found[run]["value"] for run in ("a", "b", common.ALL)] == [0, 1, 0.5] and found[common.ALL]["n"] == 4
-    # four clusters, not two that hold both runs and so have no spread
-    low, high = found[common.ALL]["ci"]
-    assert low < 0.25 and high > 0.75
-    assert common.shown(found[common.ALL]).startswith("0.500 [0.") and common.side(found["b"]) == 1
+    assert common.shown(found[common.ALL]) == "0.500 [0.500, 0.500]" and common.side(found["b"]) == 1
     assert common.table("x", {"y": found})[2].startswith("| y | 0.000 [0.000, 0.658] | 1.000")
-    even = common.side_by_side({"a": [0.0, 0.0]}, {"a": rows}, (-1, 1))["a"]  # two differences of 0 prove nothing
-    assert common.shown(even) == "0.000 [-0.658, 0.658]" and common.side(even) == 0
+    none = {"a": [0.0, 0.0], "b": [0.0], "c": [0.0, 0.0]}
+    even = common.side_by_side(none, {"a": rows, "b": rows[:1], "c": rows}, (-1, 1))  # differences of 0 prove nothing
+    assert common.shown(even["a"]) == "0.000 [-0.658, 0.658]" and common.side(even["a"]) == 0
+    assert even[common.ALL] == even["a"] | {"n": 5}  # nor in three runs, which are asked about the same two
     nats = common.side_by_side({"a": [0.3, 0.3]}, {"a": rows}, None)["a"]
     assert common.shown(nats) == "0.300 [n/a]" and common.side(nats) == 0
 
