@@ -312,7 +312,7 @@ def main(args: Args) -> dict:
     for run, folder in folders.items():
         if run not in results["runs"]:
             results["runs"][run] = experiment(folder, settings["pairs"], device, args.dtype)
-            common.write(args.out, results, report(results["runs"]))
+        common.write(args.out, results, report(results["runs"]))
     plot(results["runs"], file.parent / "judge.png")
     print("\n".join(report(results["runs"])))
     return results

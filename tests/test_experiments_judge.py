@@ -172,6 +172,8 @@ def test_the_experiment_runs_is_resumed_and_keeps_its_settings(runs, tmp_path, m
     asked, experiment = [], judge.experiment
     monkeypatch.setattr(judge, "experiment", lambda run, *rest: asked.append(run) or experiment(run, *rest))
     found = judge.main(make(runs=runs))
+    (tmp_path / "results.md").unlink()
+    assert judge.main(make(runs=runs)) == json.loads(json.dumps(found))  # nothing is asked, and the report is written anew
     assert asked == runs[1:] and found["runs"]["seed0"] == stored["runs"]["seed0"]
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(found))
     report = (tmp_path / "results.md").read_text()
