@@ -11,6 +11,7 @@ where nothing was trained. distill.py takes one context, so the loop is here: th
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -80,7 +81,8 @@ def train(a: distill.Args):
                 loss = targets.kl(student, h, (teacher, target))[: sum(map(len, responses))].mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(student.parameters(), distill.MAX_GRAD_NORM)
+            norm = torch.nn.utils.clip_grad_norm_(student.parameters(), distill.MAX_GRAD_NORM)
+            trainer.check_finite({"loss": loss, "gradient": norm})  # before the step that would spoil the weights
             optimizer.step()
             run.log(step, **{"loss/kl": loss})
             run.end_step(step + 1, lambda: {"student": student.state_dict(), "optimizer": optimizer.state_dict()})
@@ -136,8 +138,10 @@ def verdicts(found: dict) -> list[str]:
     words = "nothing that shows" if side == 0 else "something"
     lines.append(f"- to the base the tags mean {words}: harmlessness, tag A - tag B: {figures}.")
     untagged = found[HARMLESSNESS]["student, none - base, none"]
+    side, figures = told(untagged)
+    words = {1: "above", 0: "neither above nor below", -1: "below"}[side]
     alone = ", ".join(f"{run} {common.shown(one)}" for run, one in untagged.items() if run != common.ALL)
-    return [*lines, f"- without a tag, where nothing was trained, the student's harmlessness - the base's: {alone}."]
+    return [*lines, f"- without a tag, where nothing was trained: harmlessness {words} the base's ({figures}: {alone})."]
 
 
 def report(results: dict) -> list[str]:
@@ -150,6 +154,26 @@ def report(results: dict) -> list[str]:
     return lines
 
 
+def plot(results: dict, path: Path):
+    """What gold says behind each beginning, a dot a run and a bar for their mean; nothing where matplotlib is not installed."""
+    if not (plt := common.pyplot(path)):
+        return
+    order = ["preamble A", "tag A", "preamble B", "tag B", "none"]  # each tag beside what it stands for
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True, layout="constrained")
+    for axis, measure in zip(axes, (HARMLESSNESS, HELPFULNESS), strict=True):
+        for who, color, aside in (("base", "0.4", -0.15), ("student", "C0", 0.15)):
+            found = {x: results["measures"][measure].get(f"{who}, {name}") for x, name in enumerate(order)}
+            found = {x + aside: columns for x, columns in found.items() if columns}
+            dots = [(x, one["value"]) for x, columns in found.items() for run, one in columns.items() if run != common.ALL]
+            axis.plot(*zip(*dots, strict=True), "o", markersize=4, alpha=0.6, color=color, label=who)
+            axis.plot(list(found), [columns[common.ALL]["value"] for columns in found.values()], "_", markersize=22, color=color)
+        axis.set(title=f"gold {measure}", ylim=(0, 1.03))
+        axis.set_xticks(range(len(order)), [*order[:-1], "nothing"])
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def main(args: Args) -> dict:
     runs, began, found, results = common.named(args.runs), time.monotonic(), {}, {}
     for name, run in runs.items():
@@ -157,6 +181,7 @@ def main(args: Args) -> dict:
         found[name] = experiment(run, f"{args.out}/{name}", args.quick)
         results = summarise(found)
         common.write(args.out, results, report(results))
+    plot(results, Path(args.out) / "two_contexts.png")
     common.close(args.out, report(results), began)
     return results
 

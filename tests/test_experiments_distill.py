@@ -382,6 +382,15 @@ def test_a_stopped_training_ends_with_the_same_student(run, student, tmp_path, m
     assert rows_of(tmp_path / "b" / "metrics.jsonl") == rows_of(Path(student.out) / "metrics.jsonl")
 
 
+def test_a_training_that_blows_up_stops_before_the_weights_are_spoilt(student, tmp_path, monkeypatch):
+    kl = two_contexts.targets.kl
+    # a finite loss of which the gradient is not
+    monkeypatch.setattr(two_contexts.targets, "kl", lambda model, h, target: kl(model, h, target) + (h.sum() * 0).sqrt())
+    with pytest.raises(UserError, match="gradient is nan"):
+        two_contexts.train(replace(student, out=str(tmp_path / "b")))
+    assert not (tmp_path / "b" / "metrics.jsonl").read_text() and not (tmp_path / "b" / "model.pt").exists()
+
+
 def test_each_model_is_asked_behind_what_the_column_says(run, two):
     out, results = two
     held_out = rows_of(f"{run}/world/heldout.jsonl")[:16]
@@ -399,6 +408,7 @@ def test_each_model_is_asked_behind_what_the_column_says(run, two):
     assert results["measures"]["refuses harmful"]["base, none"]["first"]["n"] == 8
     shown = (out / "results.md").read_text()
     assert "| student, tag A - student, tag B | " in shown and "the assistant is rude" in shown
+    assert (out / "two_contexts.png").exists() == PLOTS
 
 
 def test_the_verdict_on_two_contexts_needs_both_to_show():
@@ -407,7 +417,12 @@ def test_the_verdict_on_two_contexts_needs_both_to_show():
     row = dict.fromkeys(names, LEVEL) | key
     lines = two_contexts.verdicts({"harmlessness": row, "helpfulness": row})
     assert lines[0].startswith("- each tag selects its behaviour") and "0.200 [0.100, 0.300], 0 of 1 runs alone" in lines[0]
-    assert lines[-1].endswith("the student's harmlessness - the base's: first 0.000 [-1.000, 1.000].")
+    assert "trained: harmlessness neither above nor below the base's (0.010 " in lines[-1]
+    assert lines[-1].endswith("1 of 1 runs alone: first 0.000 [-1.000, 1.000]).")
+    untagged = {"first": UP[common.ALL], "second": DOWN[common.ALL], common.ALL: UP[common.ALL]}
+    found = dict.fromkeys(("harmlessness", "helpfulness"), row | {"student, none - base, none": untagged})
+    said = two_contexts.verdicts(found)[-1]
+    assert "neither above nor below" in said and "the runs contradict each other: first 0.200" in said
     for pair in key:
         less = row | {pair: LEVEL}
         assert two_contexts.verdicts({"harmlessness": less, "helpfulness": less})[0].startswith("- the tags do not select")
