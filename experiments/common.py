@@ -80,6 +80,11 @@ def side(difference: dict) -> int:
     return (low > 0) - (high < 0)
 
 
+def error_bars(found: list[dict]) -> list[list[float]]:
+    """For errorbar: how far intervals reach below and above their means, which a percentile bootstrap need not hold."""
+    return [[max(0, x["value"] - x["ci"][0]) for x in found], [max(0, x["ci"][1] - x["value"]) for x in found]]
+
+
 def pyplot(path):
     """matplotlib.pyplot, or None and a line that says why there will be no `path`."""
     try:

@@ -359,9 +359,8 @@ def plot(results: dict, path: Path):
             of = results["measures"][measure]["sizes"].values()
             points = [one[f"{arm} - none" if rise else arm][common.ALL] for one in of]
             y = [point["value"] for point in points]
-            error = [[max(0, p["value"] - p["ci"][0]) for p in points], [max(0, p["ci"][1] - p["value"]) for p in points]]
             at = [n * 1.04 ** (k - len(ARMS) / 2) for n in sizes]  # side by side
-            axis.errorbar(at, y, yerr=error, marker="o", markersize=4, color=f"C{k}", label=words)
+            axis.errorbar(at, y, yerr=common.error_bars(points), marker="o", markersize=4, color=f"C{k}", label=words)
         axis.set(xscale="log", xlabel="weights", title=f"rise of the {measure} (nats a token)" if rise else f"gold {measure}")
         axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
         axis.minorticks_off()

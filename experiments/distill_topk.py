@@ -153,20 +153,35 @@ def report(results: dict) -> list[str]:
 
 
 def plot(results: dict, ks: tuple, path: Path):
-    """KL and the mass outside by k; nothing where matplotlib is not installed."""
+    """KL, the mass outside, and what gold says, by k; nothing where matplotlib is not installed."""
     if not (plt := common.pyplot(path)):
         return
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    found, outside = results["measures"][KL], results["outside"]
-    for way, words in (("+ rest", "k and the rest"), ("alone", "k alone")):
-        left.plot(ks, [found[f"{k} {way}"][common.ALL]["value"] for k in ks], marker="o", label=words)
-        right.plot(ks, [outside[f"k = {k}"][way][common.ALL]["value"] for k in ks], marker="o", label=words)
-    left.axhline(found["whole"][common.ALL]["value"], color="0.5", label="whole vocabulary")
-    right.plot(ks, [outside[f"k = {k}"]["teacher"][common.ALL]["value"] for k in ks], color="0.5", label="teacher")
-    left.set(title="KL to the teacher (nats a token)")
-    right.set(title="mass outside the teacher's k likeliest")
-    for axis in (left, right):
-        axis.set(xscale="log", yscale="log", xlabel="k")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    measures, outside = results["measures"], results["outside"]
+
+    def curve(axis, found, nth, **style):
+        """Of one arm by k, a little aside from the other one."""
+        found = [one[common.ALL] for one in found]
+        y, at = [one["value"] for one in found], [k * 1.05 ** (2 * nth - 1) for k in ks]
+        axis.errorbar(at, y, yerr=common.error_bars(found), marker="o", markersize=4, color=f"C{nth}", **style)
+
+    for nth, (way, words) in enumerate({"+ rest": "k and the rest", "alone": "k alone"}.items()):
+        curve(left, [measures[KL][f"{k} {way}"] for k in ks], nth, label=words)
+        curve(middle, [outside[f"k = {k}"][way] for k in ks], nth, label=words)
+        for measure, line in ((HARMLESSNESS, "-"), (HELPFULNESS, "--")):
+            curve(right, [measures[measure][f"{k} {way}"] for k in ks], nth, linestyle=line, label=f"{measure}, {words}")
+    left.axhline(measures[KL]["whole"][common.ALL]["value"], color="0.5", label="whole vocabulary")
+    middle.plot(ks, [outside[f"k = {k}"]["teacher"][common.ALL]["value"] for k in ks], color="0.5", label="teacher")
+    for measure, line in ((HARMLESSNESS, "-"), (HELPFULNESS, "--")):
+        for arm, color in (("whole", "0.5"), ("prompted", "C2")):
+            right.axhline(measures[measure][arm][common.ALL]["value"], color=color, linestyle=line, label=f"{measure}, {arm}")
+    left.set(title="KL to the teacher (nats a token)", yscale="log")
+    middle.set(title="mass outside the teacher's k likeliest", yscale="log")
+    right.set(title="gold harmlessness and helpfulness")
+    for axis in (left, middle, right):
+        axis.set(xscale="log", xlabel="k")
+        axis.set_xticks(ks, ks)
+        axis.minorticks_off()
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)

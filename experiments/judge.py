@@ -283,8 +283,7 @@ def plot(runs: dict, path: Path):
         points = [(y, found["ways"][way]["agreement"]) for y, way in enumerate(SIDES)]
         points = [(y, a) for y, a in points if a["value"] is not None]
         value, at = [a["value"] for _, a in points], [y + 0.2 * (k - (len(runs) - 1) / 2) for y, _ in points]
-        # a percentile bootstrap need not hold the mean itself
-        error = [[max(0, a["value"] - a["ci"][0]) for _, a in points], [max(0, a["ci"][1] - a["value"]) for _, a in points]]
+        error = common.error_bars([a for _, a in points])
         left.errorbar(value, at, xerr=error, fmt="o", markersize=4, color=f"C{k}", label=run)
         for way, style in ((BASELINE, "-"), ("chain of thought", "--")):
             bins = found["ways"][way]["calibration"]

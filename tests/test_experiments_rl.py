@@ -407,6 +407,8 @@ def test_figures_of_runs_side_by_side():
     assert even[common.ALL] == even["a"] | {"n": 5}  # nor in three runs, which are asked about the same two
     nats = common.side_by_side({"a": [0.3, 0.3]}, {"a": rows}, None)["a"]
     assert common.shown(nats) == "0.300 [n/a]" and common.side(nats) == 0
+    bars = common.error_bars([{"value": 0.5, "ci": [0.4, 0.75]}, {"value": 0.5, "ci": [0.51, 0.6]}])
+    assert bars == [pytest.approx([0.1, 0]), pytest.approx([0.25, 0.1])]
 
 
 def test_what_is_no_run_is_named(run, tmp_path):
