@@ -80,6 +80,14 @@ def side(difference: dict) -> int:
     return (low > 0) - (high < 0)
 
 
+def told(columns: dict, digits=3) -> tuple[int, str]:
+    """The side of 0 that a difference of all runs is on, 0 where one run contradicts another, and its figures in words."""
+    where, alone = side(columns[ALL]), [side(one) for run, one in columns.items() if run != ALL]
+    if {1, -1} <= {*alone}:
+        return 0, f"{shown(columns[ALL], digits)}, but the runs contradict each other"
+    return where, f"{shown(columns[ALL], digits)}, {alone.count(where)} of {len(alone)} runs alone"
+
+
 def error_bars(found: list[dict]) -> list[list[float]]:
     """For errorbar: how far intervals reach below and above their means, which a percentile bootstrap need not hold."""
     return [[max(0, x["value"] - x["ci"][0]) for x in found], [max(0, x["ci"][1] - x["value"]) for x in found]]

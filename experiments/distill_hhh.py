@@ -196,14 +196,6 @@ def compare(of: dict[str, dict[str, list]], rows: dict[str, list[dict]], pairs, 
     return found | {f"{a} - {b}": common.side_by_side(common.minus(of[a], of[b]), rows, between) for a, b in pairs}
 
 
-def told(columns: dict, digits=3) -> tuple[int, str]:
-    """The side of 0 that a difference of all runs is on, 0 where one run contradicts another, and its figures in words."""
-    where, alone = common.side(columns[common.ALL]), [common.side(one) for run, one in columns.items() if run != common.ALL]
-    if {1, -1} <= {*alone}:
-        return 0, f"{common.shown(columns[common.ALL], digits)}, but the runs contradict each other"
-    return where, f"{common.shown(columns[common.ALL], digits)}, {alone.count(where)} of {len(alone)} runs alone"
-
-
 def near(columns: dict) -> bool:
     """Whether the whole interval of a difference, all runs together, is nearer to 0 than NEAR."""
     low, high = columns[common.ALL]["ci"] or (-1, 1)
@@ -286,13 +278,13 @@ def verdicts(found: dict) -> list[str]:
         """words: what it means that a - b is, at every size, 1: above 0, -1: below, 0: not told from 0; perhaps "near": the
         whole interval is nearer to 0 than NEAR, whatever the rest."""
         differences = {size: of[f"{a} - {b}"] for size, of in found[measure]["sizes"].items()}
-        sides = {"near" if "near" in words and near(columns) else told(columns)[0] for columns in differences.values()}
+        sides = {"near" if "near" in words and near(columns) else common.told(columns)[0] for columns in differences.values()}
         said = words[sides.pop()] if len(sides) == 1 else "it depends on the size"
-        numbers = "; ".join(f"{size}: {told(columns)[1]}" for size, columns in differences.items())
+        numbers = "; ".join(f"{size}: {common.told(columns)[1]}" for size, columns in differences.items())
         return f"- {measure}, {ARMS[a]} - {ARMS[b]}: {said} ({numbers})."
 
     def growth(measure, arm, words):
-        side, figures = told(found[measure]["growth"][arm])
+        side, figures = common.told(found[measure]["growth"][arm])
         return f"- {measure}, {ARMS[arm]}: {words[side]} (largest - smallest: {figures})."
 
     gap = {1: "the gap grows with size, as in the paper", 0: "no growth of the gap is shown, unlike in the paper"}
@@ -314,7 +306,8 @@ def verdicts(found: dict) -> list[str]:
         lines += [growth(measure, arm, taxed) for arm in ("prompted", "distilled", "half_plain")]
     for measure in ("complies, left out", "complies, unseen", "wording, left out"):
         carried = {1: "more than its teacher", 0: "not told from its teacher", -1: "less than its teacher"}
-        if all(told(of["prompted - none"])[0] == -1 for of in found[measure]["sizes"].values()):  # there is something to carry
+        reached = {common.told(of["prompted - none"])[0] for of in found[measure]["sizes"].values()}
+        if reached == {-1}:  # there is something to carry
             carried["near"] = "carried over from the teacher"
         lines += [line(measure, "prompted", "none", {1: "more", 0: "not told from the base", -1: "the preamble reaches it"})]
         lines += [line(measure, "distilled", "prompted", carried)]

@@ -19,7 +19,7 @@ import torch
 
 import distill
 from experiments import common
-from experiments.distill_hhh import HARMLESSNESS, HELPFULNESS, answers, compare, demo_flags, measures, told, written
+from experiments.distill_hhh import HARMLESSNESS, HELPFULNESS, answers, compare, demo_flags, measures, written
 from minirlaif import cli, constitution, data, targets, text, trainer
 from minirlaif.losses import token_kl
 
@@ -128,7 +128,7 @@ def verdicts(results: dict, ks: tuple) -> list[str]:
     for measure in (KL, HARMLESSNESS, HELPFULNESS):
         for k in ks:
             for a, b in ((f"{k} + rest", "whole"), (f"{k} alone", f"{k} + rest")):
-                side, figures = told(results["measures"][measure][f"{a} - {b}"], DIGITS)
+                side, figures = common.told(results["measures"][measure][f"{a} - {b}"], DIGITS)
                 words = {1: "higher", 0: "no difference is shown", -1: "lower"}[side]
                 lines.append(f"- {measure}, {a} - {b}: {words} ({figures}).")
     for k in ks:

@@ -202,12 +202,8 @@ def verdicts(found: dict) -> list[str]:
     """What the figures say, in words; what did not come out as hoped is said in the same place."""
 
     def difference(measure, name):
-        """(the side of 0 that the difference is on, its figures in words)."""
-        columns = found[measure][name]
-        where = common.side(columns[common.ALL])
-        alone = [common.side(one) for run, one in columns.items() if run != common.ALL]
-        seeds = f"the same in {alone.count(where)} of {len(alone)} runs alone"
-        return where, f"difference {common.shown(columns[common.ALL])}, {seeds}"
+        where, figures = common.told(found[measure][name])
+        return where, f"difference {figures}"
 
     lines = []
     if "rlhf" in found["harm"]:

@@ -17,7 +17,7 @@ import torch
 
 import distill
 from experiments import common
-from experiments.distill_hhh import HARMLESSNESS, HELPFULNESS, answers, compare, demo_flags, measures, told, written
+from experiments.distill_hhh import HARMLESSNESS, HELPFULNESS, answers, compare, demo_flags, measures, written
 from minirlaif import cli, corpus, data, examples, targets, text, trainer, world
 from minirlaif.metrics import gold_of
 from minirlaif.sampling import generate
@@ -125,20 +125,20 @@ def value_of(row: dict, measure: str):
 def verdicts(found: dict) -> list[str]:
     """What the figures say, in words."""
 
-    side, figures = told(found[HARMLESSNESS]["student, tag A - student, tag B"])
-    taught, _ = told(found[HARMLESSNESS]["base, preamble A - base, preamble B"])
+    side, figures = common.told(found[HARMLESSNESS]["student, tag A - student, tag B"])
+    taught, _ = common.told(found[HARMLESSNESS]["base, preamble A - base, preamble B"])
     words = "each tag selects its behaviour" if side == taught == 1 else "the tags do not select the behaviours"
     lines = [f"- {words}: harmlessness of the student, tag A - tag B: {figures}."]
     for measure in (HARMLESSNESS, HELPFULNESS):
         for tag in TAGS:
-            side, figures = told(found[measure][f"student, tag {tag} - base, preamble {tag}"])
+            side, figures = common.told(found[measure][f"student, tag {tag} - base, preamble {tag}"])
             words = {1: "higher than with", 0: "not told from", -1: "lower than with"}[side]
             lines.append(f"- {measure}, tag {tag}: {words} the preamble that it stands for ({figures}).")
-    side, figures = told(found[HARMLESSNESS]["base, tag A - base, tag B"])
+    side, figures = common.told(found[HARMLESSNESS]["base, tag A - base, tag B"])
     words = "nothing that shows" if side == 0 else "something"
     lines.append(f"- to the base the tags mean {words}: harmlessness, tag A - tag B: {figures}.")
     untagged = found[HARMLESSNESS]["student, none - base, none"]
-    side, figures = told(untagged)
+    side, figures = common.told(untagged)
     words = {1: "above", 0: "neither above nor below", -1: "below"}[side]
     alone = ", ".join(f"{run} {common.shown(one)}" for run, one in untagged.items() if run != common.ALL)
     return [*lines, f"- without a tag, where nothing was trained: harmlessness {words} the base's ({figures}: {alone})."]

@@ -260,9 +260,9 @@ def test_what_disagrees_with_the_paper_is_said():
 
 def test_runs_that_contradict_each_other_show_nothing():
     up, down, level = ({"value": v, "ci": [v - 0.1, v + 0.1], "n": 9} for v in (0.2, -0.2, 0.0))
-    assert distill_hhh.told({"a": up, "b": level, common.ALL: up}) == (1, "0.200 [0.100, 0.300], 1 of 2 runs alone")
-    assert distill_hhh.told({"a": up, "b": up, "c": down, common.ALL: up})[0] == 0
-    assert distill_hhh.told({"a": up, "b": down, common.ALL: level})[1].endswith("], but the runs contradict each other")
+    assert common.told({"a": up, "b": level, common.ALL: up}) == (1, "0.200 [0.100, 0.300], 1 of 2 runs alone")
+    assert common.told({"a": up, "b": up, "c": down, common.ALL: up})[0] == 0
+    assert common.told({"a": up, "b": down, common.ALL: level})[1].endswith("], but the runs contradict each other")
 
 
 # how much of the teacher

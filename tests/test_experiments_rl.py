@@ -234,7 +234,7 @@ def test_what_did_not_come_out_is_said():
     found["helpfulness"]["direct - rl_cai"] = none
     harm, helpfulness, direct, direct_help, base, sl, inverted, ad_base, ad_sl, advertising = rlaif_rlhf.verdicts(found)
     assert "d-RLAIF's is higher" in direct and "no difference is shown" in direct_help
-    assert "no difference" in harm and "RLHF's is higher (difference -0.200 [-0.300, -0.100], the same in 1 of 2" in helpfulness
+    assert "no difference" in harm and "RLHF's is higher (difference -0.200 [-0.300, -0.100], 1 of 2" in helpfulness
     assert "stays below that of base" in base and "cannot be told from that of sl_cai" in sl
     assert "Against expectation" in inverted and "whatever it is told" in advertising
     assert "rises above that of base" in ad_base and "rises above that of sl_cai" in ad_sl
