@@ -1,6 +1,6 @@
 """HHH, toy form: what a preamble does in the context, distilled, and fine-tuned on as text, for three sizes of model.
 
-    python -m experiments.distill_hhh --runs runs/demo-0 runs/demo-1 runs/demo-2 --train    # the smaller sizes: under an hour
+    python -m experiments.distill_hhh --runs runs/demo-0 runs/demo-1 runs/demo-2 --train    # first: 8 minutes a seed
     python -m experiments.distill_hhh --runs runs/demo-0 runs/demo-1 runs/demo-2
 
 Askell et al. 2021 (section 2.2; sizes of 13M to 52B, C fourteen dialogues): distilled does about as well as prompted, both far
@@ -53,7 +53,7 @@ HARMLESSNESS, HELPFULNESS, PLAIN, ROLES = "harmlessness", "helpfulness", "loss o
 class Args:
     runs: list[str] = cli.arg(help="out folders of demo.py, one a seed")
     out: str = cli.arg("runs/experiments/distill_hhh", "folder to write; what is done there is not done again")
-    train: bool = cli.arg(False, "pretrain the smaller sizes, and nothing else")
+    train: bool = cli.arg(False, "pretrain the smaller sizes and nothing else; comes first, and takes about eight minutes a seed")
     quick: bool = cli.arg(False, "one smaller size and little of everything: shows that it runs")
 
 
@@ -69,7 +69,7 @@ class Scale:
     texts: int = 200  # of each kind for the tax
 
 
-QUICK = Scale(((1, 16),), 200, 16, 12, 4, 6)
+QUICK = Scale(((1, 32),), 1000, 32, 12, 4, 6)  # with less text it ends no answer, and there is nothing to distil
 
 
 def demo_flags(run: str) -> dict:
@@ -206,13 +206,13 @@ def experiment(name: str, run: str, args: Args, scale: Scale) -> dict:
     """One seed: {size, from small to large: {"parameters", "samples": {arm: rows}, "losses": {kind: {arm: values}}, ...}}."""
     out = f"{args.out}/{name}"
     bases = {f"{layers} x {width}": f"{out}/{layers}x{width}/base" for layers, width in scale.sizes}
-    if missing := next((path for path in bases.values() if not (Path(path) / "model.pt").exists()), None):
-        raise cli.UserError(f"{missing}: not trained yet; give the same command with --train first")
     config = trainer.read_model(f"{run}/base")["config"]
-    bases[f"{config['n_layer']} x {config['n_embd']}"] = f"{run}/base"
     asked, held_out = data.read_jsonl(f"{run}/world/prompts.jsonl"), data.read_jsonl(f"{run}/world/heldout.jsonl")
     # a document is four to five times as long as an answer, so this many are enough for half of the tokens
     documents = data.read_jsonl(f"{run}/world/documents.jsonl")[: scale.examples // 4]
+    if missing := next((path for path in bases.values() if not (Path(path) / "model.pt").exists()), None):
+        raise cli.UserError(f"{missing}: not trained yet; give the same command with --train first")
+    bases[f"{config['n_layer']} x {config['n_embd']}"] = f"{run}/base"
     files = {
         "asked": f"{run}/world/prompts.jsonl",
         "plain": written(f"{out}/plain.jsonl", documents),

@@ -5,7 +5,7 @@ import json
 import math
 import random
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import pytest
 import torch
 from small import CPU, interrupted, rows_of
 
+import demo
 import distill
 import evaluate
 import pretrain
@@ -21,6 +22,7 @@ from minirlaif import constitution, corpus, data, targets, text, trainer, world
 from minirlaif.cli import UserError
 from minirlaif.losses import token_kl, topk_rest
 from minirlaif.metrics import cluster, gold_of
+from minirlaif.sampling import generate
 from minirlaif.world import Request, right_answer
 
 C = constitution.load("toy").preamble
@@ -51,7 +53,7 @@ def hhh(run, tmp_path_factory):
     """(out, results)"""
     out = tmp_path_factory.mktemp("hhh")
     args = distill_hhh.Args(runs=[run], out=str(out), quick=True)
-    with pytest.raises(UserError, match="1x16/base: not trained yet; give the same command with --train first"):
+    with pytest.raises(UserError, match="1x32/base: not trained yet; give the same command with --train first"):
         distill_hhh.main(args)
     assert distill_hhh.main(replace(args, train=True)) == {}
     return out, distill_hhh.main(args)
@@ -86,23 +88,36 @@ def same_weights(a, b):
 
 
 def test_the_smaller_sizes_have_the_flags_and_documents_of_the_demo(run, hhh):
-    small, demo = flags(hhh[0] / "first" / "1x16" / "base"), flags(f"{run}/base")
+    small, demo = flags(hhh[0] / "first" / "1x32" / "base"), flags(f"{run}/base")
     changed = ("out", "data", "resume", "n_layer", "n_embd")
     assert {k: v for k, v in small.items() if k not in changed} == {k: v for k, v in demo.items() if k not in changed}
-    assert (small["n_layer"], small["n_embd"]) == (1, 16)
-    assert rows_of(small["data"][0]) == rows_of(f"{run}/world/documents.jsonl")[:200]
+    assert (small["n_layer"], small["n_embd"]) == (1, 32)
+    assert rows_of(small["data"][0]) == rows_of(f"{run}/world/documents.jsonl")[:1000]
     parameters = hhh[1]["parameters"]
-    assert list(parameters) == ["1 x 16", "2 x 32"] and parameters["1 x 16"] < parameters["2 x 32"]
+    assert list(parameters) == ["1 x 32", "2 x 32"] and parameters["1 x 32"] < parameters["2 x 32"]
+
+
+def test_a_quick_model_with_the_flags_of_a_real_demo_ends_its_answers(run, tmp_path):
+    """The base of these tests has easier flags; with less text there is nothing to distil."""
+    shutil.copytree(f"{run}/world", tmp_path / "world")
+    (tmp_path / "base").mkdir()
+    given = asdict(demo.stages(demo.Args(out=str(tmp_path)), demo.Size())["pretrain"][1]) | CPU
+    (tmp_path / "base" / "args.json").write_text(json.dumps({"args": given}))
+    distill_hhh.train_sizes(str(tmp_path), str(tmp_path / "out"), distill_hhh.QUICK)
+    folder = tmp_path / "out" / "1x32" / "base"
+    model, tokenizer = trainer.load_gpt(folder), trainer.tokenizer_of(folder)
+    prompts = [tokenizer.encode(C + row["prompt"]) for row in rows_of(tmp_path / "world" / "prompts.jsonl")]
+    assert generate(model, prompts, distill.Args.max_new_tokens, tokenizer.eot, seed=0).stopped.float().mean() > 0.25
 
 
 def test_each_arm_gets_what_it_is_named_after(run, hhh):
-    for size, base in (("1x16", f"{hhh[0]}/first/1x16/base"), ("2x32", f"{run}/base")):
+    for size, base in (("1x32", f"{hhh[0]}/first/1x32/base"), ("2x32", f"{run}/base")):
         folder = hhh[0] / "first" / size
         distilled, half, tuned, gently = (flags(folder / arm) for arm in ("distilled", "half_plain", "tuned", "tuned_gently"))
         assert {f["model"] for f in (distilled, half)} == {f["init"] for f in (tuned, gently)} == {base}
-        assert distilled["data"] == [f"{run}/world/prompts.jsonl"] and distilled["limit"] == 16 == half["limit"]
+        assert distilled["data"] == [f"{run}/world/prompts.jsonl"] and distilled["limit"] == 32 == half["limit"]
         assert half["data"][0] == distilled["data"][0] and half["weights"] == [1, 1]
-        assert rows_of(half["data"][1]) == rows_of(f"{run}/world/documents.jsonl")[:4]
+        assert rows_of(half["data"][1]) == rows_of(f"{run}/world/documents.jsonl")[:8]
         assert rows_of(tuned["data"][0]) == [{"text": C}] and tuned["lr"] == 10 * gently["lr"] == distilled["lr"]
         assert len([r for r in rows_of(folder / "distilled" / "metrics.jsonl") if "loss/kl" in r]) == tuned["epochs"] == 1
         shown = flags(folder / "evaluate")["policies"]
@@ -110,7 +125,7 @@ def test_each_arm_gets_what_it_is_named_after(run, hhh):
         assert not any(same_weights(folder / arm, base) for arm in ("distilled", "half_plain", "tuned", "tuned_gently"))
     prompts = rows_of(hhh[0] / "first" / "prompts.jsonl")
     held_out, asked = rows_of(f"{run}/world/heldout.jsonl"), rows_of(f"{run}/world/prompts.jsonl")
-    assert prompts == held_out[:12] + asked[-4:] and not any(row in asked[:16] for row in prompts)
+    assert prompts == held_out[:12] + asked[-4:] and not any(row in asked[:32] for row in prompts)
 
 
 def test_c_is_trained_on_for_as_many_steps_as_distillation_takes(run, monkeypatch):
@@ -126,7 +141,7 @@ def test_c_is_trained_on_for_as_many_steps_as_distillation_takes(run, monkeypatc
 def test_the_figures_are_those_of_the_samples(hhh):
     out, results = hhh
     harm = {}
-    for size in ("1 x 16", "2 x 32"):
+    for size in ("1 x 32", "2 x 32"):
         rows = rows_of(out / "first" / size.replace(" ", "") / "evaluate" / "samples.jsonl")
         for arm in distill_hhh.ARMS:
             mine = [r for r in rows if r["policy"] == arm]
@@ -137,10 +152,10 @@ def test_the_figures_are_those_of_the_samples(hhh):
             assert found["value"] == pytest.approx(1 - harm[size, arm]) and found["n"] == 12
     found = results["measures"]["harmlessness"]
     for arm in ("prompted", "distilled"):
-        gap = {size: harm[size, "none"] - harm[size, arm] for size in ("1 x 16", "2 x 32")}
+        gap = {size: harm[size, "none"] - harm[size, arm] for size in ("1 x 32", "2 x 32")}
         assert found["sizes"]["2 x 32"][f"{arm} - none"]["first"]["value"] == pytest.approx(gap["2 x 32"])
-        assert found["growth"][arm]["first"]["value"] == pytest.approx(gap["2 x 32"] - gap["1 x 16"])
-    assert found["sizes"]["1 x 16"]["distilled"][common.ALL] == found["sizes"]["1 x 16"]["distilled"]["first"]
+        assert found["growth"][arm]["first"]["value"] == pytest.approx(gap["2 x 32"] - gap["1 x 32"])
+    assert found["sizes"]["1 x 32"]["distilled"][common.ALL] == found["sizes"]["1 x 32"]["distilled"]["first"]
 
 
 def test_the_figures_are_written_and_shown(hhh):
