@@ -12,13 +12,54 @@ ALL = "all runs"
 
 
 def named(runs: list[str]) -> dict[str, str]:
-    """Out folders of demo.py -> {name of the folder: its path as it was typed}. UserError: two of one name, or no such run."""
-    found = {Path(run).resolve().name: run for run in runs}
-    if len(found) < len(runs) or not runs:
+    """Out folders of demo.py -> {name of the folder: its path, `spelled`}. UserError: two of one name, or no such run."""
+    found = {Path(run).resolve().name: spelled(run) for run in runs}
+    if len(found) < len(runs) or not runs or "" in runs:
         raise UserError("--runs: give one or more out folders of demo.py, each with a name of its own")
     if missing := next((run for run in runs if not (Path(run) / "evaluate" / "results.json").exists()), None):
         raise UserError(f"{missing}: no finished run of demo.py (no evaluate/results.json); run demo.py --out {missing}")
     return found
+
+
+def spelled(path: str) -> str:
+    """One spelling of a path, since a run's flags are compared as text: from the working directory, else from the root."""
+    full, here = Path(path).resolve(), Path.cwd()
+    return str(full.relative_to(here) if full.is_relative_to(here) else full)
+
+
+def claim(out: str, title: str, quick=False) -> str:
+    """Mark the folder `out` as that of the experiment with this title -> its path, `spelled`.
+
+    What is done there is not done again, so it must be of one kind. UserError: a file, or it holds something else's results.
+    """
+    folder, mine = Path(out), title + ", --quick" * quick
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {out}: must name a folder, and this is a file")
+    mark, made = folder / "experiment.txt", folder / "results.md"
+    for file, line in ((mark, mine), (made, f"# {title}")):
+        if file.exists() and (found := file.read_text(errors="replace").partition("\n")[0]) != line:
+            raise UserError(f"--out {out}: holds '{found[:99]}', not '{line}'; give another --out")
+    if (folder / "results.json").exists() and not (mark.exists() or made.exists()):  # as demo.py and evaluate.py leave it
+        raise UserError(f"--out {out}: holds results.json of something else; give another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    with data.atomic_write(mark) as f:
+        f.write(mine.encode())
+    return spelled(out)
+
+
+def begun(out: str, settings: dict, key: str) -> dict:
+    """results.json as it stands, or one without entries under `key`. UserError: damaged, or made with other settings."""
+    file = Path(out) / "results.json"
+    if not file.exists():
+        return {"settings": settings, key: {}}
+    try:
+        results = json.loads(file.read_bytes())
+        made, _ = results["settings"], results[key].keys()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{file}: damaged, or not of this experiment; give another --out") from None
+    if made != settings:
+        raise UserError(f"{file}: was made with {made}, not {settings}; give another --out")
+    return results
 
 
 def flags(folder: str, Args, **changes):
@@ -113,8 +154,9 @@ def close(out: str, lines: list[str], began: float):
 
 
 def write(out: str, results: dict, lines: list[str]):
-    """results.json and results.md, replaced together after every step: what is there can be read at any time."""
+    """results.md and results.json, replaced together after every step: what is there can be read at any time."""
     Path(out).mkdir(parents=True, exist_ok=True)
-    for name, content in (("results.json", json.dumps(results, indent=2)), ("results.md", "\n".join(lines) + "\n")):
+    # results.md is first: `claim` knows the folder by it
+    for name, content in (("results.md", "\n".join(lines) + "\n"), ("results.json", json.dumps(results, indent=2))):
         with data.atomic_write(Path(out) / name) as f:
             f.write(content.encode())

@@ -50,6 +50,7 @@ import pretrain
 from experiments import common
 from minirlaif import cli, data, tokenizer, trainer
 
+TITLE = "Counting: C = 1 … 63"
 LAST = 63  # of C
 STARTS, SHORT, LONGEST = 100, 10, 100  # a count starts at 1-100; half hold 2-10 numbers, half 2-100
 SHOWN = 100  # every n below is measured
@@ -235,7 +236,7 @@ def verdicts(seeds: dict) -> list[str]:
 def report(results: dict) -> list[str]:
     """The lines of results.md."""
     seeds, truth = results["seeds"], results["ideal"]
-    lines = ["# Counting: C = 1 … 63", "", *results["verdicts"], ""]
+    lines = [f"# {TITLE}", "", *results["verdicts"], ""]
     lines += ["Mean and range of the seeds; ideal: a reader who knows how the pages are made.", ""]
 
     def table(title, rows, exact=None):
@@ -285,8 +286,8 @@ def plot(results: dict, path: Path):
 
 
 def main(args: Args) -> dict:
+    args.out = common.claim(args.out, TITLE, args.quick)
     began, words, seeds = time.monotonic(), Path(args.out) / "numbers.tiktoken", args.seeds[:1] if args.quick else args.seeds
-    words.parent.mkdir(parents=True, exist_ok=True)
     if not words.exists():
         tokenizer.write_ranks(words, vocabulary())
     results = {"ideal": ideal(), "seeds": {}}

@@ -24,7 +24,6 @@ the distilled model; cached, as many tokens as it and 1.1 (one request at a time
 every token that is written still looks back at C. Up to 128 tokens of C, a cache takes one request at a time 1.1 times at most.
 """
 
-import json
 import statistics
 import time
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from minirlaif import cli, prefix, trainer
 from minirlaif.model import GPT, GPTConfig
 from minirlaif.sampling import generate
 
+TITLE = "What a context costs with every request"
 BLOCK, PROMPT, ANSWER = 1024, 16, 32  # tokens
 CONTEXTS = (16, 32, 64, 128, 256, 512)
 CASES = {  # name: layers, heads, width, vocabulary; requests that are answered together; rounds
@@ -137,7 +137,7 @@ def verdicts(cases: dict) -> list[str]:
 
 def report(cases: dict) -> list[str]:
     """The lines of results.md."""
-    lines = ["# What a context costs with every request", "", *verdicts(cases), ""]
+    lines = [f"# {TITLE}", "", *verdicts(cases), ""]
     lines += [
         f"Prompts of {PROMPT} tokens, answers of {ANSWER}; times: of the distilled model's, median [range] over the rounds."
     ]
@@ -178,20 +178,19 @@ def plot(cases: dict, path: Path):
 
 def main(args: Args) -> dict:
     cli.require_positive(args, "threads")
-    began, file, device = time.monotonic(), Path(args.out) / "results.json", trainer.resolve_device(args.device)
+    torch.set_num_threads(args.threads)
+    began, device = time.monotonic(), trainer.resolve_device(args.device)
+    args.out = common.claim(args.out, TITLE)
     cases, contexts = (QUICK, CONTEXTS[:2]) if args.quick else (CASES, CONTEXTS)
     settings = {"contexts": list(contexts), "threads": args.threads, "device": device.type}
-    results = json.loads(file.read_text()) if file.exists() else {"settings": settings, "cases": {}}
-    if results["settings"] != settings:
-        raise cli.UserError(f"{file}: was made with {results['settings']}, not {settings}; give another --out")
-    torch.set_num_threads(args.threads)
+    results = common.begun(args.out, settings, "cases")
     for name, case in cases.items():
         if name not in results["cases"]:
             print(name, flush=True)
             results["cases"][name] = measure(case, contexts, device)
         results["verdicts"] = verdicts(results["cases"])
         common.write(args.out, results, report(results["cases"]))
-    plot(results["cases"], file.parent / "distill-cost.png")
+    plot(results["cases"], Path(args.out) / "distill-cost.png")
     common.close(args.out, report(results["cases"]), began)
     return results
 

@@ -35,6 +35,7 @@ from minirlaif import cli, constitution, corpus, data, trainer, world
 from minirlaif.metrics import gold_of
 from minirlaif.model import token_logprobs
 
+TITLE = "HHH, toy form: prompted, distilled, fine-tuned on the preamble"
 SIZES = ((2, 48), (3, 80))  # layers and width of the smaller models
 ARMS = {
     "none": "no intervention",
@@ -51,7 +52,7 @@ HARMLESSNESS, HELPFULNESS, PLAIN, ROLES = "harmlessness", "helpfulness", "loss o
 
 @dataclass
 class Args:
-    runs: list[str] = cli.arg(help="out folders of demo.py, one a seed")
+    runs: list[str] = cli.arg(help="out folders of demo.py, one a seed; the results are of these alone")
     out: str = cli.arg("runs/experiments/distill_hhh", "folder to write; what is done there is not done again")
     train: bool = cli.arg(False, "pretrain the smaller sizes and nothing else; comes first, and takes about eight minutes a seed")
     quick: bool = cli.arg(False, "one smaller size and little of everything: shows that it runs")
@@ -205,11 +206,11 @@ def near(columns: dict) -> bool:
 def experiment(name: str, run: str, args: Args, scale: Scale) -> dict:
     """One seed: {size, from small to large: {"parameters", "samples": {arm: rows}, "losses": {kind: {arm: values}}, ...}}."""
     out = f"{args.out}/{name}"
-    bases = {f"{layers} x {width}": f"{out}/{layers}x{width}/base" for layers, width in scale.sizes}
     config = trainer.read_model(f"{run}/base")["config"]
     asked, held_out = data.read_jsonl(f"{run}/world/prompts.jsonl"), data.read_jsonl(f"{run}/world/heldout.jsonl")
     # a document is four to five times as long as an answer, so this many are enough for half of the tokens
     documents = data.read_jsonl(f"{run}/world/documents.jsonl")[: scale.examples // 4]
+    bases = {f"{layers} x {width}": f"{out}/{layers}x{width}/base" for layers, width in scale.sizes}
     if missing := next((path for path in bases.values() if not (Path(path) / "model.pt").exists()), None):
         raise cli.UserError(f"{missing}: not trained yet; give the same command with --train first")
     bases[f"{config['n_layer']} x {config['n_embd']}"] = f"{run}/base"
@@ -324,7 +325,7 @@ def report(results: dict) -> list[str]:
             "model", {n: {m: found[m]["sizes"][s][arm][common.ALL] for m in measures} for n, (s, arm) in rows.items()}
         )
 
-    lines = ["# HHH, toy form: prompted, distilled, fine-tuned on the preamble", "", *results["verdicts"], ""]
+    lines = [f"# {TITLE}", "", *results["verdicts"], ""]
     lines += [", ".join(f"{size}: {n:,} weights" for size, n in sizes.items()) + ". Means of all runs with 95 % intervals"]
     lines[-1] += " (bootstrap over deed x thing, over texts for the loss, nats a token); differences are paired."
     lines += ["", "## All runs", "", *overview([HARMLESSNESS, HELPFULNESS, "ill-formed", PLAIN, ROLES])]
@@ -366,6 +367,7 @@ def plot(results: dict, path: Path):
 
 def main(args: Args) -> dict:
     runs, scale, began, found, results = common.named(args.runs), QUICK if args.quick else Scale(), time.monotonic(), {}, {}
+    args.out = common.claim(args.out, TITLE, args.quick)
     for name, run in runs.items():
         if args.train:
             train_sizes(run, f"{args.out}/{name}", scale)

@@ -23,6 +23,7 @@ from experiments.distill_hhh import HARMLESSNESS, HELPFULNESS, answers, compare,
 from minirlaif import cli, constitution, data, targets, text, trainer
 from minirlaif.losses import token_kl
 
+TITLE = "How much of the teacher a student needs"
 KS = (1, 5, 10, 50)
 KL, DIGITS = "KL to the teacher", 5
 QUICK, QUICK_EXAMPLES, QUICK_HELD_OUT = (1, 5), 32, 16
@@ -30,7 +31,7 @@ QUICK, QUICK_EXAMPLES, QUICK_HELD_OUT = (1, 5), 32, 16
 
 @dataclass
 class Args:
-    runs: list[str] = cli.arg(help="out folders of demo.py, one a seed")
+    runs: list[str] = cli.arg(help="out folders of demo.py, one a seed; the results are of these alone")
     out: str = cli.arg("runs/experiments/distill_topk", "folder to write; what is done there is not done again")
     quick: bool = cli.arg(False, "two values of k and little of everything: shows that it runs")
 
@@ -142,7 +143,7 @@ def verdicts(results: dict, ks: tuple) -> list[str]:
 
 def report(results: dict) -> list[str]:
     """The lines of results.md."""
-    lines = ["# How much of the teacher a student needs", "", *results["verdicts"], ""]
+    lines = [f"# {TITLE}", "", *results["verdicts"], ""]
     lines += ["Means with 95 % intervals (bootstrap over deed x thing); differences are paired."]
     for measure, rows in results["measures"].items():
         lines += ["", f"## {measure}", "", *common.table("targets", rows, DIGITS)]
@@ -189,6 +190,7 @@ def plot(results: dict, ks: tuple, path: Path):
 
 def main(args: Args) -> dict:
     runs, ks, began, found, results = common.named(args.runs), QUICK if args.quick else KS, time.monotonic(), {}, {}
+    args.out = common.claim(args.out, TITLE, args.quick)
     for name, run in runs.items():
         print(f"\n[{name}]", flush=True)
         found[name] = experiment(run, f"{args.out}/{name}", ks, args.quick)

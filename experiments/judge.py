@@ -17,7 +17,6 @@ since the policy's own sample does, so a judge that leans to the first would loo
 --out gets results.json, results.md and judge.png; it is written after every run, and runs that are in it are not asked again.
 """
 
-import json
 import random
 import time
 from collections import Counter
@@ -31,6 +30,7 @@ from experiments import common
 from minirlaif import cli, comparison, constitution, corpus, data, metrics, text, trainer, world
 from minirlaif.labelers import Answer, Call, LocalJudge, combine, label
 
+TITLE = "The toy judge against gold"
 PRINCIPLES = ("danger", "insult", "bias", "ad", "harm", "evasion", "helpfulness")
 CLAMP, SAMPLES, QUICK = (0.4, 0.6), 4, 20
 ONE, COT_ONE = "one order (mean of both)", "chain of thought, one order (mean of both)"
@@ -239,7 +239,7 @@ def report(runs: dict) -> list[str]:
     def flips(way):
         return " / ".join(figure((found["ways"][way]["flip_rate"] or {"value": None})["value"]) for found in runs.values())
 
-    lines = ["# The toy judge against gold", "", "Agreement with gold, all principles together:", ""]
+    lines = [f"# {TITLE}", "", "Agreement with gold, all principles together:", ""]
     lines += common.table("way of asking", {way: paired(runs, way) for way in SIDES})
     lines += ["", f"Agreement minus that of '{BASELINE}', on the same pairs:", ""]
     lines += common.table("way of asking", {way: paired(runs, way, BASELINE) for way in SIDES if way != BASELINE})
@@ -301,18 +301,16 @@ def plot(runs: dict, path: Path):
 
 def main(args: Args) -> dict:
     cli.require_positive(args, "pairs")
-    folders, file = common.named(args.runs), Path(args.out) / "results.json"
+    folders = common.named(args.runs)
+    args.out = common.claim(args.out, TITLE)
     settings = {"pairs": QUICK if args.quick else args.pairs, "dtype": args.dtype, "ways": list(WAYS)}
-    results = json.loads(file.read_text()) if file.exists() else {"settings": settings, "runs": {}}
-    if results["settings"] != settings:
-        raise cli.UserError(f"{file}: was made with {results['settings']}, not {settings}; give another --out")
-    file.parent.mkdir(parents=True, exist_ok=True)
+    results = common.begun(args.out, settings, "runs")
     device = trainer.resolve_device(args.device)
     for run, folder in folders.items():
         if run not in results["runs"]:
             results["runs"][run] = experiment(folder, settings["pairs"], device, args.dtype)
         common.write(args.out, results, report(results["runs"]))
-    plot(results["runs"], file.parent / "judge.png")
+    plot(results["runs"], Path(args.out) / "judge.png")
     print("\n".join(report(results["runs"])))
     return results
 

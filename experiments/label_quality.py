@@ -49,6 +49,7 @@ from minirlaif.labelers import logit
 from minirlaif.losses import preference_loss
 from minirlaif.metrics import gold_prefers_chosen
 
+TITLE = "Soft, hard, overconfident and clamped labels; k-wise and shuffled pairs"
 RESPONSES, PAIRS = 4, 6  # a prompt
 WAYS = {"k-wise": 1, "shuffled": PAIRS}  # batch elements a prompt
 GROUPS_A_STEP, HELD_OUT = 16, 0.2
@@ -70,7 +71,7 @@ DIFFERENCES = [("soft", "hard"), ("overconfident", "soft"), ("overconfident 40-6
 
 @dataclass
 class Args:
-    runs: list[str] = cli.arg(help="out folders of demo.py, one a seed")
+    runs: list[str] = cli.arg(help="out folders of demo.py, one a seed; the results are of these alone")
     out: str = cli.arg("runs/experiments/label_quality", "folder to write; what is done there is not done again")
     labels: int = cli.arg(2000, "pairs to train on for each form of label, drawn once for all, 500-3000")
     prompts: int = cli.arg(600, "prompts with four responses each, 300-1000; six in ten give all six pairs")
@@ -252,7 +253,7 @@ def plain(first: str, rows: dict[str, dict], digits=3) -> list[str]:
 
 def report(results: dict) -> list[str]:
     """The lines of results.md."""
-    lines = ["# Soft, hard, overconfident and clamped labels; k-wise and shuffled pairs", "", *results["verdicts"], ""]
+    lines = [f"# {TITLE}", "", *results["verdicts"], ""]
     lines += ["95 % intervals over held-out pairs (bootstrap over deed x thing); differences are paired."]
     lines += ["", "## Held-out pairs on which the reward model sides with gold (less harm in all)", ""]
     lines += common.table("labels", results["accuracy"])
@@ -270,6 +271,7 @@ def report(results: dict) -> list[str]:
 def main(args: Args) -> dict:
     cli.require_positive(args, "labels", "prompts", "epochs")
     runs, began, results = common.named(args.runs), time.monotonic(), {}
+    args.out = common.claim(args.out, TITLE)
     forms, rows, ways = {}, {}, {}
     for name, run in runs.items():
         print(f"\n[{name}] forms of labels", flush=True)

@@ -18,6 +18,7 @@ from experiments import common
 from minirlaif import cli, data, world
 from minirlaif.metrics import gold_of
 
+TITLE = "PPO step by step"
 CURVES = {
     "objective/scores": "score (standard deviations)",
     "objective/kl_full": "KL to SL-CAI (nats a response)",
@@ -28,7 +29,7 @@ CURVES = {
 
 @dataclass
 class Args:
-    runs: list[str] = cli.arg(help="out folders of demo.py, one a seed")
+    runs: list[str] = cli.arg(help="out folders of demo.py, one a seed; the results are of these alone")
     out: str = cli.arg("runs/experiments/ppo_curves", "folder to write; what is done there is not done again")
 
 
@@ -47,7 +48,7 @@ def curves(folder: Path) -> dict[str, list[float]]:
 
 
 def report(found: dict[str, dict]) -> list[str]:
-    lines = ["# PPO step by step", ""]
+    lines = [f"# {TITLE}", ""]
     lines += ["Means of the first, the middle and the last four steps, on the policy's own samples.", ""]
     lines += ["| | " + " | ".join(found) + " |", "| --- |" + " --- |" * len(found)]
     for name, title in CURVES.items():
@@ -77,6 +78,7 @@ def plot(found: dict[str, dict], path: Path):
 
 def main(args: Args) -> dict:
     runs, began, found = common.named(args.runs), time.monotonic(), {}
+    args.out = common.claim(args.out, TITLE)
     for name, run in runs.items():
         out = Path(args.out) / name
         demo = common.flags(f"{run}/rl_cai", train_ppo.Args)

@@ -43,6 +43,7 @@ from minirlaif import cli, data, lora, ppo, trainer, world
 from minirlaif.metrics import cluster, gold_of, policy_metrics
 from minirlaif.sampling import generate
 
+TITLE = "Reward hacking on purpose"
 ARMS = {"kl_coef 0": 0.0, "kl_coef 0.1": train_ppo.Args.kl_coef}
 EPOCHS = 4  # of the reward model: with few labels the demo's two are too few steps
 ASPECTS = ("helpfulness", "harm", "refused_harmful", "refused_harmless", "ill_formed", "distinct")  # of policy_metrics
@@ -63,7 +64,7 @@ QUICK = Size(labels=60, steps=4, every=2, requests=16)
 
 @dataclass
 class Args:
-    runs: list[str] = cli.arg(help="out folders of demo.py, one a seed")
+    runs: list[str] = cli.arg(help="out folders of demo.py, one a seed; the results are of these alone")
     out: str = cli.arg("runs/experiments/reward_hacking", "folder to write; what is done there is not done again")
     labels: int = cli.arg(1200, "AI labels to train the reward model on, drawn once out of all of a run's, 300-3000")
     lr: float = cli.arg(3e-4, "learning rate of the policy in both arms, 5e-5 to 5e-4; the demo's is 5e-5")
@@ -250,7 +251,7 @@ def verdicts(differences: dict) -> list[str]:
 
 def report(results: dict) -> list[str]:
     """The lines of results.md."""
-    lines = ["# Reward hacking on purpose", "", *results["verdicts"], ""]
+    lines = [f"# {TITLE}", "", *results["verdicts"], ""]
     lines += ["Held-out requests; 95 % intervals (bootstrap over deed x thing). Gold is helpfulness - harm; the proxy is the"]
     lines += ["reward model's score in standard deviations. Peaks are chosen on one half of the requests, measured on the other."]
     lines += ["", *common.table("change", results["differences"]), "", "![proxy and gold against KL](reward-hacking.png)"]
@@ -294,6 +295,7 @@ def main(args: Args) -> dict:
     cli.require_positive(args, "labels", "lr")
     size = QUICK if args.quick else Size(args.labels)
     runs, began, found, results = common.named(args.runs), time.monotonic(), {}, {}
+    args.out = common.claim(args.out, TITLE, args.quick)
     for name, run in runs.items():
         out, found[name] = f"{args.out}/{name}", {}
         reward = reward_model(run, size.labels, out)

@@ -33,6 +33,7 @@ from experiments import common
 from minirlaif import cli, comparison, constitution, data, labelers, world
 from minirlaif.metrics import gold_of
 
+TITLE = "AI labels, gold labels, and principles that want the worse"
 DIRECT = {"direct": "harm+helpfulness", "direct_harm": "harm"}
 ARMS = ("rlhf", *DIRECT, "inverted", "advertising")
 HARMLESSNESS, HELPFULNESS = "labels", "labels_helpful"  # where the demo has its two sets of pairs
@@ -40,7 +41,7 @@ HARMLESSNESS, HELPFULNESS = "labels", "labels_helpful"  # where the demo has its
 
 @dataclass
 class Args:
-    runs: list[str] = cli.arg(help="out folders of demo.py, one a seed")
+    runs: list[str] = cli.arg(help="out folders of demo.py, one a seed; the results are of these alone")
     out: str = cli.arg("runs/experiments/rlaif_rlhf", "folder to write; what is done there is not done again")
     arms: list[str] = cli.arg(list(ARMS), "which to run: rlhf, direct, direct_harm, inverted, advertising")
 
@@ -251,7 +252,7 @@ def summarise(found: dict[str, dict[str, dict]]) -> dict:
 
 def report(results: dict) -> list[str]:
     """The lines of results.md."""
-    lines = ["# AI labels, gold labels, and principles that want the worse", "", *results["verdicts"], ""]
+    lines = [f"# {TITLE}", "", *results["verdicts"], ""]
     lines += ["Means with 95 % intervals over the held-out requests (bootstrap over deed x thing); differences are paired."]
     for measure, rows in results["policies"].items():
         lines += ["", f"## {measure}", "", *common.table("policy", rows)]
@@ -264,6 +265,7 @@ def main(args: Args) -> dict:
     if unknown := [arm for arm in args.arms if arm not in ARMS]:
         raise cli.UserError(f"--arms {unknown[0]}: there are {', '.join(ARMS)}")
     runs, began, found, results = common.named(args.runs), time.monotonic(), {}, {}
+    args.out = common.claim(args.out, TITLE)
     for name, run in runs.items():
         labels = [f"{run}/{kind}/preferences.jsonl" for kind in (HARMLESSNESS, HELPFULNESS)]
         found[name] = {"demo": found_in(f"{run}/evaluate", labels, ["base", "sl_cai", "rl_cai"])}

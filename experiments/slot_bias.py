@@ -17,12 +17,12 @@ label is: the mean probability shrinks with the bias, the mean logit does not kn
 import math
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
 from experiments import common, judge
 from minirlaif import cli, constitution, corpus, metrics, text
 from minirlaif.labelers import GoldJudge
 
+TITLE = "A labeler with a slot bias"
 SHARPNESS, BIASES, NOISES = 1.0, (0.0, 1.0), (0.5, 1.0, 2.0)  # nats
 WAYS = {
     "one order": ("gold", None, None),
@@ -104,7 +104,7 @@ def report(seeds: dict) -> tuple[dict, list[str]]:
                 eces = " / ".join(f"{x['ece']:.3f}" for x in found)
                 flips = " / ".join(f"{x['flip_rate']['value']:.3f}" for x in found if x["flip_rate"])
                 rest.append(f"| {name} | {expected_error(way, bias, noise):.3f} | {eces} | {flips} |")
-    lines = ["# A labeler with a slot bias", "", "Label error: the share of labels on the wrong side of gold.", ""]
+    lines = [f"# {TITLE}", "", "Label error: the share of labels on the wrong side of gold.", ""]
     lines += common.table("labeler and average", errors)
     lines += ["", f"Agreement recovered: above that of {BASELINE}, on the same pairs.", ""]
     lines += common.table("labeler and average", gains)
@@ -115,7 +115,7 @@ def report(seeds: dict) -> tuple[dict, list[str]]:
 
 def main(args: Args) -> dict:
     cli.require_positive(args, "pairs")
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    args.out = common.claim(args.out, TITLE, args.quick)
     n, seeds = (200, args.seeds[:1]) if args.quick else (args.pairs, args.seeds)
     found = {seed: experiment(n, seed) for seed in seeds}
     figures, lines = report(found)

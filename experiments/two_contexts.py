@@ -22,6 +22,7 @@ from minirlaif import cli, corpus, data, examples, targets, text, trainer, world
 from minirlaif.metrics import gold_of
 from minirlaif.sampling import generate
 
+TITLE = "Two contexts in one model"
 TAGS = {"A": corpus.GOOD_PREAMBLES[0], "B": corpus.BAD_PREAMBLES[0]}
 BEFORE = {"none": "", "preamble A": TAGS["A"], "preamble B": TAGS["B"], "tag A": "A", "tag B": "B"}  # what precedes a prompt
 STUDENT = ("none", "tag A", "tag B")  # of these, what the student is shown
@@ -39,7 +40,7 @@ QUICK_PROMPTS, QUICK_HELD_OUT = 16, 16
 
 @dataclass
 class Args:
-    runs: list[str] = cli.arg(help="out folders of demo.py, one a seed")
+    runs: list[str] = cli.arg(help="out folders of demo.py, one a seed; the results are of these alone")
     out: str = cli.arg("runs/experiments/two_contexts", "folder to write; what is done there is not done again")
     quick: bool = cli.arg(False, "a few prompts: shows that it runs")
 
@@ -146,7 +147,7 @@ def verdicts(found: dict) -> list[str]:
 
 def report(results: dict) -> list[str]:
     """The lines of results.md."""
-    lines = ["# Two contexts in one model", "", *results["verdicts"], ""]
+    lines = [f"# {TITLE}", "", *results["verdicts"], ""]
     lines += [f"{tag}: {preamble}" for tag, preamble in TAGS.items()]
     lines += ["", "Means with 95 % intervals (bootstrap over deed x thing); differences are paired."]
     for measure, rows in results["measures"].items():
@@ -176,6 +177,7 @@ def plot(results: dict, path: Path):
 
 def main(args: Args) -> dict:
     runs, began, found, results = common.named(args.runs), time.monotonic(), {}, {}
+    args.out = common.claim(args.out, TITLE, args.quick)
     for name, run in runs.items():
         print(f"\n[{name}]", flush=True)
         found[name] = experiment(run, f"{args.out}/{name}", args.quick)

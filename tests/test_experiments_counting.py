@@ -185,7 +185,7 @@ def test_counting_runs_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsy
     for main in (pretrain, distill):  # and once more: nothing is trained again
         monkeypatch.setattr(main.trainer.Run, "load_state", lambda run: pytest.fail("trains"))
     assert counting.main(args) == found
-    with pytest.raises(UserError, match="n-layer was 1"):
+    with pytest.raises(UserError, match="holds 'Counting: C = 1 … 63, --quick', not 'Counting: C = 1 … 63'; give another"):
         counting.main(counting.Args(out=str(tmp_path), seeds=[0], device="cpu"))
 
 
@@ -216,6 +216,21 @@ def test_the_cost_runs_and_keeps_its_settings(tmp_path, monkeypatch, capsys):
     assert distill_cost.main(args) == json.loads(Path(tmp_path / "results.json").read_text()) == found
     with pytest.raises(UserError, match="give another --out"):
         distill_cost.main(distill_cost.Args(out=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\xff\xfe", b"[]", b"5", b'{"cases": {}}', b'{"settings": {}}', b'{"settings": {}, "cases": []}', b'{"settings": {'],
+)
+def test_damaged_results_are_one_line(tmp_path, content):
+    args = distill_cost.Args(out=str(tmp_path), quick=True)
+    (tmp_path / "results.json").write_bytes(content)
+    with pytest.raises(UserError, match="holds results.json of something else; give another --out"):
+        distill_cost.main(args)
+    (tmp_path / "results.md").write_text(f"# {distill_cost.TITLE}\n")
+    with pytest.raises(UserError, match="results.json: damaged, or not of this experiment; give another --out"):
+        distill_cost.main(args)
+    assert (tmp_path / "results.json").read_bytes() == content
 
 
 def test_times_are_those_of_the_same_round():

@@ -459,7 +459,50 @@ def test_run_again_nothing_is_done_twice(run, hhh, topk, two, monkeypatch):
         assert all(math.isfinite(row[common.ALL]["value"]) for row in results["measures"].get(distill_topk.KL, {}).values())
 
 
+def test_another_spelling_is_the_same_run(run, two, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(Path(run).parent)
+    (tmp_path / "out").symlink_to(two[0])
+    monkeypatch.setattr(two_contexts, "generate", None)  # what is done is not done again
+    args = two_contexts.Args(runs=[f"{tmp_path}/link/first/"], out=f"{tmp_path}/out/", quick=True)
+    assert two_contexts.main(args) == two[1]
+    monkeypatch.chdir(tmp_path)
+    for path in ("a/b", "./a/b/", "a//b", f"{tmp_path}/a/b", "c/../a/b", f"../{tmp_path.name}/a/b"):
+        assert common.spelled(path) == "a/b"
+    assert common.spelled("..") == str(tmp_path.parent) and common.spelled("link/first") == run
+
+
+def test_an_out_folder_is_of_one_experiment_quick_or_not(run, hhh, topk, two, tmp_path):
+    for module, (out, _) in ((distill_hhh, hhh), (distill_topk, topk), (two_contexts, two)):
+        before = {file: file.read_bytes() for file in out.iterdir() if file.is_file()}
+        with pytest.raises(UserError, match=f"--out .*: holds '{module.TITLE}, --quick', not '{module.TITLE}'; give another"):
+            module.main(module.Args(runs=[run], out=str(out)))
+        for other in {distill_hhh, distill_topk, two_contexts} - {module}:
+            with pytest.raises(UserError, match=f"holds '{module.TITLE}, --quick', not '{other.TITLE}, --quick'"):
+                other.main(other.Args(runs=[run], out=str(out), quick=True))
+        assert before == {file: file.read_bytes() for file in out.iterdir() if file.is_file()}
+        (tmp_path / "results.md").write_bytes((out / "results.md").read_bytes())  # without the mark, that of the report
+        assert common.claim(str(tmp_path), module.TITLE, True) == str(tmp_path)
+        (tmp_path / "experiment.txt").unlink()
+        with pytest.raises(UserError, match=f"holds '# {module.TITLE}', not '# PPO step by step'"):
+            common.claim(str(tmp_path), "PPO step by step")
+        with pytest.raises(UserError, match=r"results.md: must name a folder, and this is a file"):
+            module.main(module.Args(runs=[run], out=f"{tmp_path}/results.md", quick=True))
+    with pytest.raises(UserError, match="evaluate: holds results.json of something else; give another --out"):
+        distill_topk.main(distill_topk.Args(runs=[run], out=f"{run}/evaluate", quick=True))
+
+
+def test_what_a_demo_lacks_is_named_before_what_is_to_be_trained(run, tmp_path):
+    for lacks in ("base", "world"):
+        shutil.copytree(run, tmp_path / lacks)
+        shutil.rmtree(tmp_path / lacks / lacks)
+        with pytest.raises((UserError, FileNotFoundError), match=f"{lacks}/{lacks}"):
+            distill_hhh.main(distill_hhh.Args(runs=[str(tmp_path / lacks)], out=str(tmp_path / "out"), quick=True))
+
+
 def test_what_is_no_run_is_named(tmp_path):
     for module in (distill_hhh, distill_topk, two_contexts):
         with pytest.raises(UserError, match="nothing: no finished run of demo.py"):
             module.main(module.Args(runs=[str(tmp_path / "nothing")], out=str(tmp_path / "out")))
+        with pytest.raises(UserError, match="--runs: give"):
+            module.main(module.Args(runs=[""], out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
