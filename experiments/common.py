@@ -62,6 +62,12 @@ def begun(out: str, settings: dict, key: str) -> dict:
     return results
 
 
+def differ(seeds: list[int]):
+    """UserError: a seed stands there twice."""
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds {' '.join(map(str, seeds))}: each of them once")
+
+
 def flags(folder: str, Args, **changes):
     """The Args that the run in `folder` had, with these changed, and resumable: what is compared differs in nothing else."""
     file = Path(folder) / "args.json"

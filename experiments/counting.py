@@ -72,7 +72,7 @@ class Args:
     out: str = cli.arg("runs/experiments/counting", "folder to write; what is done there is not done again")
     seeds: list[int] = cli.arg([0, 1, 2], "seeds of text, weights and order")
     device: str = cli.arg("auto", "auto takes cuda, mps or cpu, the first that is there", choices=["auto", "cpu", "cuda", "mps"])
-    quick: bool = cli.arg(False, "a tiny model, little text and one seed: shows that it runs")
+    quick: bool = cli.arg(False, "a tiny model, little text and the first seed alone: shows that it runs")
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------
@@ -286,6 +286,7 @@ def plot(results: dict, path: Path):
 
 
 def main(args: Args) -> dict:
+    common.differ(args.seeds)
     args.out = common.claim(args.out, TITLE, args.quick)
     began, words, seeds = time.monotonic(), Path(args.out) / "numbers.tiktoken", args.seeds[:1] if args.quick else args.seeds
     if not words.exists():

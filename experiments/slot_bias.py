@@ -37,7 +37,7 @@ class Args:
     out: str = cli.arg("runs/experiments/slot_bias", "folder to write: results.json and results.md")
     pairs: int = cli.arg(2000, "pairs a seed, 500-5000")
     seeds: list[int] = cli.arg([0, 1, 2], "seeds of pairs and noise")
-    quick: bool = cli.arg(False, "200 pairs and one seed: shows that it runs")
+    quick: bool = cli.arg(False, "200 pairs and the first seed alone: shows that it runs")
 
 
 def toy_pairs(n: int, seed: int) -> list[judge.Pair]:
@@ -115,6 +115,7 @@ def report(seeds: dict) -> tuple[dict, list[str]]:
 
 def main(args: Args) -> dict:
     cli.require_positive(args, "pairs")
+    common.differ(args.seeds)
     args.out = common.claim(args.out, TITLE, args.quick)
     n, seeds = (200, args.seeds[:1]) if args.quick else (args.pairs, args.seeds)
     found = {seed: experiment(n, seed) for seed in seeds}

@@ -11,7 +11,7 @@ import torch
 
 import distill
 import pretrain
-from experiments import counting, distill_cost
+from experiments import counting, distill_cost, slot_bias
 from minirlaif import data, examples, tokenizer, trainer
 from minirlaif.cli import UserError
 from minirlaif.model import GPT, GPTConfig
@@ -231,6 +231,13 @@ def test_damaged_results_are_one_line(tmp_path, content):
     with pytest.raises(UserError, match="results.json: damaged, or not of this experiment; give another --out"):
         distill_cost.main(args)
     assert (tmp_path / "results.json").read_bytes() == content
+
+
+def test_a_seed_stands_once(tmp_path):
+    for module in (counting, slot_bias):
+        with pytest.raises(UserError, match="--seeds 3 3 4: each of them once"):
+            module.main(module.Args(out=str(tmp_path / "out"), seeds=[3, 3, 4], quick=True))
+    assert not (tmp_path / "out").exists()
 
 
 def test_times_are_those_of_the_same_round():
