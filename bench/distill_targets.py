@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from experiments import common
 from minirlaif import cli, prefix, targets, trainer
 from minirlaif.examples import Example
 from minirlaif.losses import token_kl
@@ -104,16 +105,19 @@ def rounding(model, top_k: int, n: int = 2048) -> dict:
 
 
 def main(args: Args) -> dict:
-    cli.require_positive(args, "rounds", "batch_size", "prompt", "threads")
-    torch.set_num_threads(args.threads)
-    shapes = {"tiny": (1, 2, 16, 300, 256, 8, 4)} if args.quick else SHAPES
+    cli.require_positive(args, "rounds", "batch_size", "prompt")
+    common.use_threads(args.threads)
+    shapes, contexts = ({"tiny": (1, 2, 16, 300, 256, 8, 4)}, (16, 128)) if args.quick else (SHAPES, (16, 512))
     if args.quick:
         args.rounds = 1
+    room = min(block - length for *_, block, _, length in shapes.values()) - max(contexts)
+    if args.prompt > room:
+        raise cli.UserError(f"--prompt {args.prompt}: with C and an answer there is room for {room} tokens")
     ways = "stored | on the fly, C cached | on the fly, C read again | writing them"
     print(f"| model | C | targets | bytes a token (file) | s a step: {ways} |\n|{' --- |' * 8}", flush=True)
     found = {}
     for name, shape in shapes.items():
-        for context in (16, 128) if args.quick else (16, 512):
+        for context in contexts:
             for top_k in (0, 50) if shape[3] < 10_000 else (50,):
                 f = found[name, context, top_k] = measure(shape, context, top_k, args)
                 kind = f"top {top_k} and the rest" if top_k else f"all {shape[3]}"

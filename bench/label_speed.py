@@ -16,7 +16,7 @@ from itertools import combinations
 
 import torch
 
-from experiments import judge
+from experiments import common, judge
 from minirlaif import cli, constitution, corpus, data, text, trainer
 from minirlaif.labelers import Call, LocalJudge
 from minirlaif.model import GPT, GPTConfig
@@ -100,11 +100,11 @@ def measure(local: LocalJudge, calls: list[Call], rounds: int) -> dict[str, dict
 
 
 def main(args: Args) -> dict:
-    cli.require_positive(args, "prompts", "rounds", "batch_size", "threads")
+    cli.require_positive(args, "prompts", "rounds", "batch_size")
+    common.use_threads(args.threads)
     if args.responses < 2:
         raise cli.UserError(f"--responses {args.responses}: it takes two to compare")
     prompts, rounds = (2, 1) if args.quick else (args.prompts, args.rounds)
-    torch.set_num_threads(args.threads)
     tokenizer = load_tokenizer("toy")
     model = GPT(GPTConfig(vocab_size=tokenizer.n_vocab)).init_weights(trainer.rng(0)).eval()  # the demo's shape
     calls, found = calls_of(candidates(prompts, args.responses)), {}

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import train_ppo
+from experiments import common
 from minirlaif import cli, lora, trainer
 from minirlaif.heads import RewardModel, ValueModel
 from minirlaif.model import GPT, GPTConfig
@@ -77,7 +78,8 @@ def step(config: GPTConfig, rank: int, dtype: str) -> int:
 
 
 def main(args: Args) -> list[dict]:
-    cli.require_positive(args, "rank", "threads")
+    cli.require_positive(args, "rank")
+    common.use_threads(args.threads)  # here only to be checked: a child of its own measures
     found = []
     print(
         f"32 rows of 112 tokens, minibatches of 8, rank {args.rank}, {args.threads} threads, torch {torch.__version__}\n\n"

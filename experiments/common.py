@@ -1,8 +1,11 @@
 """What the experiments on finished runs of demo.py share: their flags, what gold says, figures with the runs side by side."""
 
 import json
+import os
 import time
 from pathlib import Path
+
+import torch
 
 from minirlaif import data
 from minirlaif.cli import UserError
@@ -66,6 +69,14 @@ def differ(seeds: list[int]):
     """UserError: a seed stands there twice."""
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {' '.join(map(str, seeds))}: each of them once")
+
+
+def use_threads(n: int):
+    """Let torch use n threads. UserError: not above 0, or more than there are processors, with which it may crash."""
+    most = os.cpu_count() or 1
+    if not 0 < n <= most:
+        raise UserError(f"--threads {n}: must be above 0 and at most {most}, the processors of this machine")
+    torch.set_num_threads(n)
 
 
 def flags(folder: str, Args, **changes):

@@ -177,8 +177,7 @@ def plot(cases: dict, path: Path):
 
 
 def main(args: Args) -> dict:
-    cli.require_positive(args, "threads")
-    torch.set_num_threads(args.threads)
+    common.use_threads(args.threads)
     began, device = time.monotonic(), trainer.resolve_device(args.device)
     args.out = common.claim(args.out, TITLE)
     cases, contexts = (QUICK, CONTEXTS[:2]) if args.quick else (CASES, CONTEXTS)

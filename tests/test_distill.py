@@ -402,3 +402,7 @@ def test_the_bench_of_targets_runs_through(capsys):
         assert found["tiny", context, 0]["tensors"] == 600 and found["tiny", context, 50]["tensors"] == 202
     assert 0 <= found["rounding", 0]["mean"] < 1e-6 and 0 <= found["rounding", 50]["mean"] < 1e-6
     assert "top 50 and the rest" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--prompt 125: with C and an answer there is room for 124 tokens"):
+        distill_targets.main(distill_targets.Args(quick=True, threads=1, prompt=125))
+    assert not capsys.readouterr().out
+    assert distill_targets.main(distill_targets.Args(quick=True, threads=1, prompt=124))

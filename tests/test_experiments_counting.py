@@ -11,6 +11,7 @@ import torch
 
 import distill
 import pretrain
+from bench import distill_targets, label_speed, memory
 from experiments import counting, distill_cost, slot_bias
 from minirlaif import data, examples, tokenizer, trainer
 from minirlaif.cli import UserError
@@ -238,6 +239,15 @@ def test_a_seed_stands_once(tmp_path):
         with pytest.raises(UserError, match="--seeds 3 3 4: each of them once"):
             module.main(module.Args(out=str(tmp_path / "out"), seeds=[3, 3, 4], quick=True))
     assert not (tmp_path / "out").exists()
+
+
+def test_threads_are_of_this_machine(tmp_path):
+    out, before = str(tmp_path / "out"), torch.get_num_threads()
+    for n in (0, -1, 1_000_000):
+        for module, args in ((distill_cost, {"out": out}), (distill_targets, {}), (label_speed, {}), (memory, {})):
+            with pytest.raises(UserError, match=f"--threads {n}: must be above 0 and at most "):
+                module.main(module.Args(threads=n, quick=True, **args))
+    assert not (tmp_path / "out").exists() and torch.get_num_threads() == before
 
 
 def test_times_are_those_of_the_same_round():
