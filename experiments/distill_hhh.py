@@ -382,4 +382,4 @@ def main(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    cli.run(main, Args)
+    cli.run(main, Args, again="the same command goes on where it stopped")

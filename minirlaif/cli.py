@@ -108,11 +108,11 @@ def _require(args, names, what, holds):
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {what}")
 
 
-def run(main, Args, argv=None, words=None):
+def run(main, Args, argv=None, words=None, again=""):
     """Parse, call main(args), and turn what the user can put right into one line on stderr.
 
     words: {word: (main, Args)}, what the script does when its first argument is that word; the docstring of such an Args is
-    what its --help says.
+    what its --help says. again: how to go on after Ctrl-C, for scripts without --resume.
     Exit code 2 for a UserError, a wrong flag, a file that cannot be read or written and a full disk; 130 after Ctrl-C.
     Everything else is our bug and keeps its traceback.
     """
@@ -128,8 +128,8 @@ def run(main, Args, argv=None, words=None):
     except UserError as e:
         fail(e)
     except KeyboardInterrupt:
-        again = "; run again with --resume to continue" if hasattr(args, "resume") else ""
-        print(f"\ninterrupted{again}", file=sys.stderr)
+        again = "run again with --resume to continue" if hasattr(args, "resume") else again
+        print("; ".join(filter(None, ("\ninterrupted", again))), file=sys.stderr)
         sys.exit(130)
     except OSError as e:
         if e.filename is None and e.errno != errno.ENOSPC:

@@ -78,6 +78,18 @@ def test_run_turns_errors_into_one_line(capsys, error, code, line):
     assert error_of(capsys, lambda: cli.run(main, Args, ["--out", "x"])) == (code, [line])
 
 
+def test_ctrl_c_says_how_to_go_on_without_resume(capsys):
+    @dataclass
+    class Plain:
+        out: str = cli.arg("x", "folder")
+
+    def main(args):
+        raise KeyboardInterrupt
+
+    for again, line in (("", "interrupted"), ("start it again", "interrupted; start it again")):
+        assert error_of(capsys, lambda again=again: cli.run(main, Plain, [], again=again)) == (130, [line])
+
+
 def test_bugs_keep_their_traceback():
     def main(args):
         raise ValueError("a bug")
