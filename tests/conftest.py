@@ -10,6 +10,15 @@ import label
 import pretrain
 from minirlaif import corpus, trainer
 
+THREADS = torch.get_num_threads()
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    """What a test sets (a bench on one thread) is not the next one's: how many there are decides the last bits."""
+    yield
+    torch.set_num_threads(THREADS)
+
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
