@@ -13,7 +13,6 @@ a `text` or document, also a .txt file, which is put after a new "Human:" (the p
 Left out: hidden-state losses, and new answers as the student changes (on-policy distillation).
 """
 
-import hashlib
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -127,16 +126,16 @@ def total_kl(models: Models, batch: list[Example], target, direction="forward", 
 def held_out_kl(models: Models, test: list[Example], weights: list[float]) -> float:
     """KL(teacher || student) over the whole vocabulary at temperature 1, whatever the loss is; nats a token. With weights, the
     files' means are weighed as the loss weighs the files."""
-    means, counts = [], []
-    for file in sorted({e.file for e in test}):
-        rows, total = [e for e in test if e.file == file], 0.0
+    total = shares = 0.0
+    for file in {e.file for e in test}:
+        rows = [e for e in test if e.file == file]
+        count = sum(len(e.response) for e in rows)
+        share = weights[file] if weights else count
         for batch in (rows[i : i + 64] for i in range(0, len(rows), 64)):
             with models.precision:
-                total += float(total_kl(models, batch, target_of(models, batch, 0, 1.0)))
-        counts.append(sum(len(e.response) for e in rows))
-        means.append(total / counts[-1])
-    shares = weights if len(weights) == len(counts) else counts  # of --eval-data, which is one file, there is one mean
-    return sum(share * mean for share, mean in zip(shares, means, strict=True)) / sum(shares)
+                total += share / count * float(total_kl(models, batch, target_of(models, batch, 0, 1.0)))
+        shares += share
+    return total / shares
 
 
 # ---- examples and answers -------------------------------------------------------------------------------------------
@@ -176,13 +175,21 @@ def sample(models: Models, model, rows: list[Example], args: Args, key, pause=la
 
 def respond(models: Models, rows: list[Example], args: Args, key, pause) -> list[list[int] | None]:
     """The response of each example, the teacher's where there was none; None for an answer that was cut off."""
-    answers = iter(sample(models, models.teacher, [e for e in rows if e.response is None], args, key, pause))
-    found = (next(answers) if e.response is None else (e.response, None) for e in rows)
-    return [ids if stopped is None else ids + [models.eot] if stopped else None for ids, stopped in found]
+    found = sample(models, models.teacher, [e for e in rows if e.response is None], args, key, pause)
+    answers = iter([ids + [models.eot] if stopped else None for ids, stopped in found])
+    return [next(answers) if e.response is None else e.response for e in rows]
 
 
 def filled(rows: list[Example], responses: list) -> list[Example]:
     return [e._replace(response=r) for e, r in zip(rows, responses, strict=True) if r is not None]
+
+
+def to_ask(held_out: list[Example], tokenizer, rooms, max_new_tokens: int) -> list[Example]:
+    """Held-out prompts for samples: some that gold can judge, or else a few; no plain text, and where an answer has room."""
+    turn = tokenizer.encode(examples.TURN)
+    fit = [e for e in held_out if len(e.seen) + max_new_tokens <= rooms[0] and len(e.unseen) + max_new_tokens <= rooms[1]]
+    prompts = [e for e in fit if e.unseen != turn]
+    return [e for e in prompts if world.parse_request(tokenizer.decode(e.unseen))][:ASKED] or prompts[:SHOWN]
 
 
 def answers_of(models: Models, model, asked: list[Example], args: Args, tokenizer) -> list[dict]:
@@ -211,6 +218,8 @@ def main(args: Args) -> dict:
     cli.require_not_negative(args, "lr", "top_k", "lora_rank")
     if args.weights and (len(args.weights) != len(args.data) or not all(0 < w < float("inf") for w in args.weights)):
         raise cli.UserError(f"--weights: {len(args.data)} files need as many numbers above 0")
+    if args.store_targets and not (folder := Path(args.store_targets).parent).is_dir():
+        raise cli.UserError(f"--store-targets {args.store_targets}: there is no folder {folder}")
     device, context = ddp.start(trainer.resolve_device(args.device)), context_of(args)
     tokenizer = trainer.tokenizer_of(args.model, args.teacher or args.model)
     base = trainer.load_gpt(args.model, device).requires_grad_(False)
@@ -235,14 +244,8 @@ def main(args: Args) -> dict:
         # 1. The teacher answers where there is no response yet; with --store-targets, its log-probs are kept beside it
         stored, file = None, Path(args.store_targets) if args.store_targets else None
         if file:
-            if not file.parent.is_dir():  # said before the answers are sampled, not after
-                raise cli.UserError(f"--store-targets {file}: there is no folder {file.parent}")
-            made = {"--temperature": args.temperature, "--top-k": top_k}
-            origin = repr((trainer.file_hash(args.teacher or args.model), context, args.seed, args.max_new_tokens))
-            origin = hashlib.sha256(origin.encode())
-            for e in train:
-                origin.update(repr((e.unseen, e.response)).encode())
-            made["origin (teacher, C, data, --seed, --max-new-tokens)"] = origin.hexdigest()
+            teacher_of, limits = args.teacher or args.model, (args.seed, args.max_new_tokens)
+            made = targets.made_of(teacher_of, context, train, *limits, args.temperature, top_k)
         if ddp.agree(bool(file and file.exists())):
             stored, responses = targets.load(file, made)
         else:
@@ -258,17 +261,13 @@ def main(args: Args) -> dict:
         start = [0, *accumulate(len(e.response) for e in rows)]  # of each row's tokens among the stored targets
         test_responses = state["test_responses"] if state else ddp.agree(respond(models, held_out, args, "test", pause))
         test = filled(held_out, test_responses)
-        used = {e.file for e in rows}
-        if left := [path for number, path in enumerate(args.data) if number not in used]:
-            raise cli.UserError(f"{left[0]}: no answer of the teacher ended within --max-new-tokens {args.max_new_tokens}")
-        if not test:
-            where = args.eval_data or "what is held out"
-            raise cli.UserError(f"{where}: no answer of the teacher ended within --max-new-tokens {args.max_new_tokens}")
+        used = {path: [e for e in rows if e.file == i] for i, path in enumerate(args.data)}
+        for path, kept in {**used, args.eval_data or "what is held out": test}.items():
+            if not kept:
+                raise cli.UserError(f"{path}: no answer of the teacher ended within --max-new-tokens {args.max_new_tokens}")
 
         # 2. How far the student is from the teacher before
-        prompts = [e for e in held_out if e.unseen != tokenizer.encode(examples.TURN)]  # no plain text, and room for an answer
-        prompts = [e for e in prompts if max(len(e.seen) - rooms[0], len(e.unseen) - rooms[1]) + args.max_new_tokens <= 0]
-        asked = [e for e in prompts if world.parse_request(tokenizer.decode(e.unseen))][:ASKED] or prompts[:SHOWN]
+        asked = to_ask(held_out, tokenizer, rooms, args.max_new_tokens)
         if state:
             student.load_state_dict(state["student"])
             optimizer.load_state_dict(state["optimizer"])
@@ -290,6 +289,7 @@ def main(args: Args) -> dict:
         for epoch in range(args.epochs):
             order = examples.epoch_order([e.file for e in rows], weights, args.seed, epoch)
             batches += [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+        per_step = sum(len(rows[i].response) for batch in batches for i in batch) / len(batches)
         quarters = {len(batches) * i // 4 for i in (1, 2, 3)} - {0}
         started, tokens_seen = time.monotonic(), 0
         bar = tqdm(range(first, len(batches)), "distill", initial=first, total=len(batches), disable=ddp.rank() > 0)
@@ -314,7 +314,8 @@ def main(args: Args) -> dict:
                     else:
                         target = target_of(models, batch, top_k, args.temperature)
                     loss = total_kl(models, batch, target, args.direction, args.temperature) / count
-                loss.backward()
+                # of a mixture every token weighs the same in the run, not in its batch, where a long text has many neighbours
+                (loss * count / per_step if weights else loss).backward()
             loss = ddp.total(loss.detach())
             ddp.sum_gradients(student)
             norm = torch.nn.utils.clip_grad_norm_(student.parameters(), MAX_GRAD_NORM)

@@ -76,7 +76,7 @@ def load_documents(args: Args, tokenizer, block_size: int) -> list[tuple[list[in
     documents = []
     for path in args.data:
         rows = data.read_documents(path, args.on_bad_row)
-        if str(path).endswith(".txt"):
+        if data.is_text(path):
             ids = tokenizer.encode(rows[0]["segments"][0][0])
             windows = [ids[i : i + block_size] for i in range(0, len(ids) - 1, block_size)]
             documents += [(w, [1.0] * len(w)) for w in windows if len(w) > 1]

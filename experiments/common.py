@@ -138,10 +138,15 @@ def side(difference: dict) -> int:
     return (low > 0) - (high < 0)
 
 
+def contradict(columns: dict) -> bool:
+    """Whether a difference is above 0 in one run alone, and below it in another."""
+    return {1, -1} <= {side(one) for run, one in columns.items() if run != ALL}
+
+
 def told(columns: dict, digits=3) -> tuple[int, str]:
     """The side of 0 that a difference of all runs is on, 0 where one run contradicts another, and its figures in words."""
     where, alone = side(columns[ALL]), [side(one) for run, one in columns.items() if run != ALL]
-    if {1, -1} <= {*alone}:
+    if contradict(columns):
         return 0, f"{shown(columns[ALL], digits)}, but the runs contradict each other"
     return where, f"{shown(columns[ALL], digits)}, {alone.count(where)} of {len(alone)} runs alone"
 

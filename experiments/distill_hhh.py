@@ -198,9 +198,9 @@ def compare(of: dict[str, dict[str, list]], rows: dict[str, list[dict]], pairs, 
 
 
 def near(columns: dict) -> bool:
-    """Whether the whole interval of a difference, all runs together, is nearer to 0 than NEAR."""
+    """Whether the whole interval of a difference, all runs together, is nearer to 0 than NEAR, and no run contradicts another."""
     low, high = columns[common.ALL]["ci"] or (-1, 1)
-    return low > -NEAR and high < NEAR
+    return low > -NEAR and high < NEAR and not common.contradict(columns)
 
 
 def experiment(name: str, run: str, args: Args, scale: Scale) -> dict:
@@ -285,7 +285,10 @@ def verdicts(found: dict) -> list[str]:
         return f"- {measure}, {ARMS[a]} - {ARMS[b]}: {said} ({numbers})."
 
     def growth(measure, arm, words):
-        side, figures = common.told(found[measure]["growth"][arm])
+        columns = found[measure]["growth"][arm]
+        side, figures = common.told(columns)
+        if any(one["value"] * side < 0 for one in columns.values()):
+            side, figures = 0, f"{figures}, and one goes the other way"
         return f"- {measure}, {ARMS[arm]}: {words[side]} (largest - smallest: {figures})."
 
     gap = {1: "the gap grows with size, as in the paper", 0: "no growth of the gap is shown, unlike in the paper"}
@@ -351,9 +354,12 @@ def plot(results: dict, path: Path):
             if rise and arm == "none":
                 continue
             of = results["measures"][measure]["sizes"].values()
-            points = [one[f"{arm} - none" if rise else arm][common.ALL] for one in of]
+            shown = f"{arm} - none" if rise else arm
+            points = [one[shown][common.ALL] for one in of]
             y = [point["value"] for point in points]
             at = [n * 1.04 ** (k - len(ARMS) / 2) for n in sizes]  # side by side
+            runs = [(x, v["value"]) for x, one in zip(at, of, strict=True) for run, v in one[shown].items() if run != common.ALL]
+            axis.plot(*zip(*runs, strict=True), "_", markersize=6, alpha=0.6, color=f"C{k}")
             axis.errorbar(at, y, yerr=common.error_bars(points), marker="o", markersize=4, color=f"C{k}", label=words)
         axis.set(xscale="log", xlabel="weights", title=f"rise of the {measure} (nats a token)" if rise else f"gold {measure}")
         axis.set_xticks(sizes, [f"{n:,}" for n in sizes])

@@ -146,7 +146,7 @@ def read_examples(path, on_bad_row="error"):
             raise BadRow("no key 'prompt', 'completion', 'text' or 'segments'")
         return _with_prompt(row)
 
-    return read_documents(path) if _is_text(path) else read_jsonl(path, {}, on_bad_row, check)
+    return read_documents(path) if is_text(path) else read_jsonl(path, {}, on_bad_row, check)
 
 
 def read_candidates(path, on_bad_row="error"):
@@ -223,7 +223,7 @@ def read_documents(path, on_bad_row="error"):
     files (the chosen dialogue, weight 1); or from a .txt file, which is one text.
     """
 
-    if not _is_text(path):
+    if not is_text(path):
         return read_jsonl(path, {}, on_bad_row, _with_segments)
     try:
         return [_with_segments(Row({"text": _read_bytes(path).decode("utf-8-sig")}, f"{path}:1"))]
@@ -233,7 +233,8 @@ def read_documents(path, on_bad_row="error"):
         raise UserError(f"{path}: the file is empty") from None
 
 
-def _is_text(path):
+def is_text(path):
+    """Whether a file is one plain text, as its name says."""
     return str(path).lower().endswith(".txt")
 
 

@@ -98,7 +98,7 @@ def load_endpoint(spec: str, max_cost: float | None = None, system="", flag="--j
 
 def load_exemplars(path: str, principles: constitution.Constitution, cot: bool) -> list[str]:
     """Worked judgements from a text file, or from a list of the paper's: with their reasoning for a judge that reasons."""
-    if not path.endswith(".json"):
+    if not path.lower().endswith(".json"):
         return [e.strip("\n") for e in _read("exemplars", path).split("\n---\n")]
     shots = constitution.load_exemplars(path)
     if not principles.preferences:

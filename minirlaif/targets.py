@@ -6,6 +6,7 @@ log-prob by at most 1 part in 2,048, and reading normalises again; bench/distill
 is stored, not taken as 1 - sum, where the rounding of the others would drown it.
 """
 
+import hashlib
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from minirlaif import data, prefix
 from minirlaif.cli import UserError
 from minirlaif.losses import token_kl, topk_rest
 from minirlaif.model import GPT, KVCache, response_mask, rows_where, upcast
-from minirlaif.trainer import DAMAGED, check_whole
+from minirlaif.trainer import DAMAGED, check_whole, file_hash
 
 CHUNK = 1024  # predictions whose logits are held at once: 206 MB at GPT-2's vocabulary
 
@@ -99,6 +100,15 @@ def predict_all(teacher: GPT, root, examples: list, top_k: int, temperature: flo
         return Targets(torch.cat(logprobs), torch.cat(ids) if top_k else None)
 
 
+def made_of(teacher: str, context: str, rows: list, seed: int, max_new_tokens: int, temperature: float, top_k: int) -> dict:
+    """What stored targets depend on, for `save` and `load`. teacher: its path; rows: the examples before they are answered."""
+    origin = hashlib.sha256(repr((file_hash(teacher), context, seed, max_new_tokens)).encode())
+    for e in rows:
+        origin.update(repr((e.unseen, e.response)).encode())
+    made = {"--temperature": temperature, "--top-k": top_k}
+    return made | {"origin (teacher, C, data, --seed, --max-new-tokens)": origin.hexdigest()}
+
+
 def save(path, targets: Targets, responses: list, made: dict):
     """Targets, the responses (ids; None: cut off) whose tokens they predict, one a row, and how both were made; atomically.
 
@@ -118,7 +128,8 @@ def load(path, made: dict) -> tuple[Targets, list]:
         if sum(len(r) for r in responses if r) != len(targets.logprobs):
             raise ValueError
     except DAMAGED:
-        raise UserError(f"{path}: not a complete file of stored targets; delete it, and it is made again") from None
+        another = "give another --store-targets, or delete it if it is one and damaged"
+        raise UserError(f"{path}: not a complete file of stored targets; {another}") from None
     for name, value in made.items():
         if stored.get(name) != value:
             detail = f"{stored.get(name)}, not {value}" if len(str(value)) < 20 else "another"

@@ -357,7 +357,7 @@ def _hashes(asked):
     for flag, value in values:
         # stored targets say themselves where they are from, and are large
         for part in {value, *value.split(",")} if isinstance(value, str) and flag not in ("out", "store_targets") else ():
-            if name := re.sub(r"^(judge:|\w+=)|\+preamble$", "", part):
+            for name in {part, re.sub(r"^(judge:|\w+=)|\+preamble$", "", part)} - {""}:
                 if flag == "constitution" or part.startswith("constitution="):
                     name = str(constitution.path_of(name))
                 files[name] = _model_file(name)

@@ -262,3 +262,7 @@ def test_dialogues_without_a_last_answer_are_bad_rows(tmp_path, capsys, rejected
         data.read_preferences(path)
     assert len(data.read_preferences(path, "skip")) == 1
     assert f"skipped 1 of 2 rows: 1 {reason}" in capsys.readouterr().err
+
+
+def test_a_name_says_what_is_one_plain_text():
+    assert [data.is_text(name) for name in ("book.txt", "BOOK.TXT", "book.txt.gz", "rows.jsonl")] == [True, True, False, False]

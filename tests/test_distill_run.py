@@ -11,7 +11,7 @@ import torch
 from small import CPU, rows_of, write
 
 import distill
-from minirlaif import constitution, data, examples, prefix, targets, text, trainer
+from minirlaif import constitution, examples, prefix, targets, text, trainer
 from minirlaif.cli import UserError
 from minirlaif.examples import Example
 from minirlaif.model import GPT, GPTConfig
@@ -147,19 +147,21 @@ def test_given_completions_have_samples_and_plain_text_has_none(base, answered, 
 
 
 def test_each_batch_of_answers_has_noise_of_its_own(monkeypatch):
+    seeds = []
+
     class Said:
-        stopped = torch.ones(1, dtype=torch.bool)
+        def __init__(self, model, contexts, *_, seed, root):
+            seeds.append(seed)
+            self.answers, self.stopped = [[1]] * len(contexts), torch.ones(len(contexts), dtype=torch.bool)
 
         def responses(self):
-            return [[1]]
+            return self.answers
 
-    seeds = []
-    monkeypatch.setattr(distill, "generate", lambda *_, seed, root: seeds.append(seed) or Said())
+    monkeypatch.setattr(distill, "generate", Said)
     models = distill.Models(None, "teacher", None, EOT, trainer.autocast(torch.device("cpu"), "fp32"))
-    monkeypatch.setattr("builtins.zip", lambda *rows, strict: [])
-    args = args_of("m", "d", "o")
     for key in ("train", "test"):
-        distill.sample(models, "teacher", [Example([1], [1], None, 0)] * 300, args, key)
+        found = distill.sample(models, "teacher", [Example([1], [1], None, 0)] * 300, args_of("m", "d", "o"), key)
+        assert found == [([1], True)] * 300
     assert len(seeds) == len(set(seeds)) == 6
 
 
@@ -181,6 +183,28 @@ def test_a_mixture_has_the_weights_as_shares_of_its_tokens(base, tmp_path, monke
     one, other = examples.by_tokens([3, 1], rows)
     assert one * 6 / (other * 60) == pytest.approx(3)
     assert examples.by_tokens([1e308, 1e308], rows) == pytest.approx([1 / 6, 1 / 60])
+
+
+@pytest.mark.parametrize("weights", [[], [1.0, 1.0]])
+def test_every_token_of_a_mixture_weighs_the_same(base, tmp_path, monkeypatch, weights):
+    """A gradient of 1 a token: of a batch its mean is 1, however many they are; in a mixture it is their share of the mean batch,
+    or a long text among many answers would count for less than its tokens."""
+    asked = write(tmp_path / "asked.jsonl", [{"prompt": PROMPT, "completion": " no."}] * 40)
+    plain = write(tmp_path / "plain.jsonl", [{"text": "the boat is made of wood. " * 8}] * 4)
+    counts = []
+
+    def one_a_token(models, batch, target, *of_the_loss):
+        n = sum(len(e.response) for e in batch)
+        if of_the_loss:
+            counts.append(n)
+        weight = next(p for p in models.student.parameters() if p.requires_grad)
+        return n * weight.flatten()[0]
+
+    monkeypatch.setattr(distill, "total_kl", one_a_token)
+    distill.main(args_of(base, asked, tmp_path / "run", data=[asked, plain], weights=weights, eval_data=asked))
+    mean = sum(counts) / len(counts)
+    assert len(set(counts)) > 1
+    assert metrics_of(tmp_path / "run", "grad_norm") == pytest.approx([n / mean if weights else 1.0 for n in counts], rel=1e-4)
 
 
 def test_the_held_out_kl_of_a_mixture_weighs_its_files_as_the_loss_does(base, tmp_path):
@@ -268,7 +292,7 @@ def test_targets_know_what_they_were_made_of_and_are_checked(base, answered, pro
     middle = len(whole) // 2
     damaged[middle : middle + 64] = bytes(64)
     path.write_bytes(damaged)
-    with pytest.raises(UserError, match="not a complete file of stored targets; delete it, and it is made again"):
+    with pytest.raises(UserError, match="not a complete file of stored targets; give another --store-targets, or delete it if"):
         distill.main(replace(args, out=str(tmp_path / "damaged")))
     path.write_bytes(whole)
     stored = torch.load(path, weights_only=True)
@@ -320,13 +344,16 @@ def test_ctrl_c_stops_while_the_teacher_answers_and_answers_survive_the_first_st
     assert len(calls) == 1  # what the student says afterwards
 
 
-def test_a_long_preamble_is_no_file_and_odd_names_of_models_are_read(base, answered, tmp_path):
-    odd = tmp_path / "lr=1e-3"
+def test_a_long_preamble_is_no_file_and_odd_names_of_models_are_read(base, answered, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    odd = Path("lr=1e-3")
     odd.mkdir()
     (odd / "model.pt").write_bytes((Path(base) if Path(base).is_file() else Path(base) / "model.pt").read_bytes())
     long = "you are a fool. " * 40
     found = distill.main(args_of(str(odd), answered, tmp_path / "run", preamble=long, store_targets=str(tmp_path / "t.pt")))
     assert found["tokens_saved"] == len(TOY.encode(long))
+    read = json.loads((tmp_path / "run" / "args.json").read_text())["inputs"]
+    assert "lr=1e-3" in read and str(tmp_path / "t.pt") not in read  # targets may be large, and know where they are from
 
 
 @pytest.mark.parametrize("flags, part", [
@@ -346,4 +373,3 @@ def test_where_no_answer_ends_the_file_at_fault_is_named(base, answered, prompts
         distill.main(args)
     with pytest.raises(UserError, match=f"{prompts}: no answer of the teacher"):
         distill.main(replace(args, out=str(tmp_path / "b"), data=[answered, prompts], eval_data=answered))
-    assert data.read_examples(answered)

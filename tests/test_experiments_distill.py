@@ -255,6 +255,7 @@ def test_what_disagrees_with_the_paper_is_said():
         distill_hhh.PLAIN: measure(UP, DOWN),
         distill_hhh.ROLES: measure(LEVEL, LEVEL),
     } | {f"{what}, {how}": measure(DOWN, DOWN) for what in ("complies", "wording") for how in ("left out", "unseen")}
+    found["helpfulness"]["growth"]["distilled"] = UP | {"first": {"value": -0.1, "ci": [-1, 1], "n": 9}}
     said = {line[2:].rpartition(" (")[0] for line in distill_hhh.verdicts(found)}
     assert {
         "harmlessness, prompted - no intervention: better, as in the paper",
@@ -265,6 +266,7 @@ def test_what_disagrees_with_the_paper_is_said():
         "harmlessness, distilled: the gap grows with size, as in the paper",
         "helpfulness, prompted - no intervention: no difference is shown, unlike in the paper",
         "helpfulness, prompted: the gap shrinks with size, unlike in the paper",
+        "helpfulness, distilled: no growth of the gap is shown, unlike in the paper",
         "loss on plain text, distilled, half plain - no intervention: a tax",
         "loss on plain text, distilled: the tax falls with size",
         "loss on judging and critique, prompted - no intervention: no tax is shown",
@@ -278,6 +280,9 @@ def test_runs_that_contradict_each_other_show_nothing():
     assert common.told({"a": up, "b": level, common.ALL: up}) == (1, "0.200 [0.100, 0.300], 1 of 2 runs alone")
     assert common.told({"a": up, "b": up, "c": down, common.ALL: up})[0] == 0
     assert common.told({"a": up, "b": down, common.ALL: level})[1].endswith("], but the runs contradict each other")
+    close = {"value": 0.0, "ci": [-0.01, 0.01], "n": 9}
+    assert distill_hhh.near({"a": up, "b": level, common.ALL: close}) and not distill_hhh.near({"a": up, common.ALL: level})
+    assert not distill_hhh.near({"a": up, "b": down, common.ALL: close})
 
 
 # how much of the teacher
