@@ -248,8 +248,7 @@ def _with_segments(row):
             if not 0 <= s[1] <= 1e6:  # NaN and infinity are neither
                 raise BadRow("the weight of a segment should be 0 or more", f", not {s[1]:.3g}")
     elif "completion" in row:
-        _require(row, "prompt", str)
-        _require(row, "completion", str)
+        row = _with_completion(row)
         row["segments"] = [[row["prompt"], 0.0], [row["completion"], 1.0]]
     else:
         key = "chosen" if _is_dialogue_pair(row) else "text"

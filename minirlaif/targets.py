@@ -119,7 +119,10 @@ def save(path, targets: Targets, responses: list, made: dict):
 
 
 def load(path, made: dict) -> tuple[Targets, list]:
-    """What `save` wrote -> targets (mapped, not read) and responses. UserError: no such file of ours, or made otherwise."""
+    """What `save` wrote -> targets (mapped; read here for their checksums alone) and responses.
+
+    UserError: no such file of ours, damaged, or made otherwise.
+    """
     try:
         check_whole(path)
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

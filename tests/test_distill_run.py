@@ -350,9 +350,10 @@ def test_a_long_preamble_is_no_file_and_odd_names_of_models_are_read(base, answe
     odd.mkdir()
     (odd / "model.pt").write_bytes((Path(base) if Path(base).is_file() else Path(base) / "model.pt").read_bytes())
     long = "you are a fool. " * 40
-    found = distill.main(args_of(str(odd), answered, tmp_path / "run", preamble=long, store_targets=str(tmp_path / "t.pt")))
-    assert found["tokens_saved"] == len(TOY.encode(long))
-    read = json.loads((tmp_path / "run" / "args.json").read_text())["inputs"]
+    args = args_of(str(odd), answered, tmp_path / "run", preamble=long, store_targets=str(tmp_path / "t.pt"))
+    assert distill.main(args)["tokens_saved"] == len(TOY.encode(long))
+    distill.main(replace(args, out=str(tmp_path / "again")))  # the targets are there now
+    read = json.loads((tmp_path / "again" / "args.json").read_text())["inputs"]
     assert "lr=1e-3" in read and str(tmp_path / "t.pt") not in read  # targets may be large, and know where they are from
 
 
