@@ -220,6 +220,8 @@ def main(args: Args) -> dict:
         raise cli.UserError(f"--weights: {len(args.data)} files need as many numbers above 0")
     if args.store_targets and not (folder := Path(args.store_targets).parent).is_dir():
         raise cli.UserError(f"--store-targets {args.store_targets}: there is no folder {folder}")
+    if args.store_targets and Path(args.store_targets).is_dir():
+        raise cli.UserError(f"--store-targets {args.store_targets}: must name a file, and this is a folder")
     device, context = ddp.start(trainer.resolve_device(args.device)), context_of(args)
     tokenizer = trainer.tokenizer_of(args.model, args.teacher or args.model)
     base = trainer.load_gpt(args.model, device).requires_grad_(False)

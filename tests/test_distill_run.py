@@ -360,12 +360,13 @@ def test_a_long_preamble_is_no_file_and_odd_names_of_models_are_read(base, answe
 @pytest.mark.parametrize("flags, part", [
     (dict(constitution="harmless"), "--constitution: C is what --preamble and --context give"),
     (dict(epochs=0), "--epochs 0: must be above 0"),
+    (dict(store_targets="/"), "--store-targets /: must name a file, and this is a folder"),
     (dict(limit=1), "one example cannot be learnt and held out; give --eval-data, or a larger --limit"),
 ])  # fmt: skip
 def test_flags_that_contradict_each_other_are_refused(base, answered, tmp_path, flags, part):
     with pytest.raises(UserError) as error:
         distill.main(args_of(base, answered, tmp_path / "run", **flags))
-    assert part in str(error.value)
+    assert part in str(error.value) and not (tmp_path / "run").exists()
 
 
 def test_where_no_answer_ends_the_file_at_fault_is_named(base, answered, prompts, tmp_path):
